@@ -1,0 +1,25 @@
+"""The errors a user can act on.
+
+Every job prints a :class:`SegcloudError` as one line, without a traceback, and ends with its exit code;
+anything else is a bug in segcloud and keeps its traceback.
+"""
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+"""The job could not do its work (storage unreachable, training diverged, worker lost too often)."""
+EXIT_USAGE = 2
+"""The command, the config or the dataset as a whole is wrong; nothing was started."""
+EXIT_INCOMPLETE = 3
+"""The job ended, but some cases were left out; each has a verdict."""
+
+
+class SegcloudError(Exception):
+    """An error whose message names what was wrong and the remedy, in one line."""
+
+    exit_code = EXIT_FAILED
+
+
+class UsageError(SegcloudError):
+    """The command line, the config or the dataset does not allow the job to start."""
+
+    exit_code = EXIT_USAGE

@@ -1,0 +1,163 @@
+"""Ray Data around the predictor: every volume under a URI gets a mask on its own grid, written back.
+
+Only keys travel between Ray's tasks, never volumes. A case that fails gets a verdict and the batch goes on; a
+mask is one object, put whole, so that a killed job leaves no partial one.
+"""
+
+import json
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+import torch
+
+from segcloud import __version__, cluster, storage
+from segcloud.config import ComputeConfig
+from segcloud.data import nifti
+from segcloud.data.cases import Case, Verdict, find_images
+from segcloud.data.nifti import BadScan
+from segcloud.evaluation.metrics import volume_ml
+from segcloud.inference.predictor import Predictor
+from segcloud.model.checkpoint import Model, load_model
+from segcloud.progress import Progress
+
+MASK_SUFFIX = "_seg.nii.gz"
+
+
+@dataclass(frozen=True)
+class InferResult:
+    """What a batch did.
+
+    Attributes:
+        rows: per segmented case: case, mask URI, volume in mL and voxels per organ, seconds.
+        verdicts: per other case, the reason.
+    """
+
+    rows: list[dict[str, Any]]
+    verdicts: list[Verdict]
+
+
+def infer(model_uri: str, input_uri: str, output_uri: str, compute: ComputeConfig) -> InferResult:
+    """Segment every volume under `input_uri`. Needs a connected Ray.
+
+    Args:
+        model_uri: a run's folder or a model file.
+        input_uri: a folder, a prefix or one file.
+        output_uri: masks go to ``<output>/<case>_seg.nii.gz``, beside each a JSON with its provenance.
+        compute: number of actors and their resources.
+
+    Raises:
+        UsageError: no input, or the cluster is too small.
+        ModelError: the model cannot be loaded.
+        StorageError: input or output cannot be reached.
+    """
+    wanted = cluster.resources(compute)
+    cluster.require_capacity(wanted, compute)
+    model = load_model(model_uri)  # fail here rather than in every actor
+    cases = find_images(input_uri)
+    storage.check_writable(output_uri)
+    print(
+        f"model: {model.uri} ({_describe(model)})\ninfer: {len(cases)} volume(s), {compute.workers} actor(s)",
+        flush=True,
+    )
+    rows, verdicts = [], []
+    with Progress("infer", len(cases), "case") as progress:
+        for row in _run(cases, model.uri, output_uri, compute.workers, wanted):
+            if row["code"]:
+                verdicts.append(Verdict(row["case"], row["code"], row["message"], row["image"]))
+                progress.line(verdicts[-1].line())
+            else:
+                rows.append(json.loads(row["result"]))
+            progress.advance(note=row["case"])
+    order = {case.id: i for i, case in enumerate(cases)}
+    return InferResult(
+        sorted(rows, key=lambda r: order[r["case"]]), sorted(verdicts, key=lambda v: order[v.case])
+    )
+
+
+def _describe(model: Model) -> str:
+    dice = model.info.get("val_dice")
+    return (
+        f"epoch {model.info.get('epoch')}, validation Dice {dice:.4f}"
+        if dice is not None
+        else "no Dice known"
+    )
+
+
+def _run(
+    cases: list[Case], model_uri: str, output_uri: str, workers: int, wanted: dict[str, float]
+) -> Iterator[dict[str, Any]]:
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # segcloud's own, which counts cases
+    items = [{"case": case.id, "image": case.image} for case in cases]
+    workers = min(workers, len(cases))
+    dataset = ray.data.from_items(items, override_num_blocks=len(items))  # one case per task: unit of retry
+    return dataset.map_batches(
+        _Segmenter,
+        fn_constructor_kwargs={
+            "model_uri": model_uri,
+            "output_uri": output_uri,
+            "threads": int(wanted["CPU"]),
+        },
+        batch_size=1,
+        num_cpus=wanted["CPU"],
+        num_gpus=wanted.get("GPU"),
+        compute=ray.data.ActorPoolStrategy(min_size=workers, max_size=workers),
+        udf_modifying_row_count=False,
+    ).iter_rows()
+
+
+class _Segmenter:
+    """One actor: loads the model once, then segments case by case."""
+
+    def __init__(self, model_uri: str, output_uri: str, threads: int):
+        torch.set_num_threads(threads)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = load_model(model_uri)
+        self.predictor = Predictor(self.model.network, self.model.config, device)
+        self.output_uri = output_uri
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
+        case, image = str(batch["case"][0]), str(batch["image"][0])
+        code = message = result = ""
+        try:
+            result = json.dumps(self._segment(case, image))
+        except BadScan as bad:
+            code, message = bad.code, bad.message
+        except storage.StorageError as error:
+            code, message = "storage", str(error)
+        except Exception as error:  # a bug or lack of memory on one scan must not stop the batch
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            code = "failed"
+            message = (
+                f"{type(error).__name__}: {error} ({where.name}:{where.lineno}); report this scan's header"
+            )
+        return {"case": [case], "image": [image], "code": [code], "message": [message], "result": [result]}
+
+    def _segment(self, case: str, image: str) -> dict[str, Any]:
+        info = storage.stat(image)
+        volume = nifti.decode(storage.read(image))
+        mask = self.predictor.segment(volume)
+        config = self.model.config
+        provenance = {
+            "source": image,
+            "source-etag": info.etag if info else "",
+            "model": self.model.uri,
+            "model-sha256": self.model.digest,
+            "segcloud": __version__,
+        }
+        target = storage.join(self.output_uri, case + MASK_SUFFIX)
+        storage.put(
+            nifti.encode_mask(mask, volume), target, metadata=provenance, content_type="application/gzip"
+        )
+        row: dict[str, Any] = {"case": case, "mask": target}
+        for organ, value in config.data.labels.items():
+            found = mask == value
+            row |= {f"voxels_{organ}": int(found.sum()), f"ml_{organ}": volume_ml(found, volume.affine)}
+        sidecar = row | {"labels": config.data.labels, "shape": list(mask.shape), "provenance": provenance}
+        storage.put_json(sidecar, storage.join(self.output_uri, case + "_seg.json"))
+        return row
