@@ -14,6 +14,7 @@ import numpy as np
 from isal import igzip, isal_zlib
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
 
 from segcloud.errors import SegcloudError
 
@@ -85,7 +86,7 @@ def decode(data: bytes) -> Volume:
         shape = image.shape
         _check_header(image, len(data))
         array = np.asanyarray(image.dataobj).reshape(shape[:3])
-    except (ImageFileError, HeaderDataError, ValueError, OSError, OverflowError) as error:
+    except (ImageFileError, HeaderDataError, WrapStructError, ValueError, OSError, OverflowError) as error:
         raise BadScan(
             "not_nifti", f"not a readable NIfTI file ({_one_line(error)}); export it again"
         ) from None
