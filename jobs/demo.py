@@ -35,14 +35,22 @@ def main() -> int:
     print("step 1 of 4: an S3 server, Ray, and synthetic CT scans in a bucket", flush=True)
     output = Path(args.output)
     with tempfile.TemporaryDirectory(prefix="segcloud-demo-") as scratch, EmbeddedS3(bucket="demo") as s3:
-        places = [f"data.uri={s3.uri('scans')}", f"run.uri={s3.uri('runs/spleen')}", f"prepare.cache_dir={scratch}/cache"]
+        places = [
+            f"data.uri={s3.uri('scans')}",
+            f"run.uri={s3.uri('runs/spleen')}",
+            f"prepare.cache_dir={scratch}/cache",
+        ]
         config = load_config(args.config or str(CONFIG), [*places, *args.overrides])
         _fill_bucket(Path(scratch) / "scans", config.data.uri)
         with cluster.connect():
             mean = _train_and_infer(config, s3.uri("masks"), output)
-    print(f"\nsaved to {output}/: run/learning_curves.png, run/panels/, masks/, panels/ of the held-out scans")
+    print(
+        f"\nsaved to {output}/: run/learning_curves.png, run/panels/, masks/, panels/ of the held-out scans"
+    )
     print(f"held-out mean Dice {mean:.3f} (goal {GOAL}), {format_seconds(time.monotonic() - started)} in all")
-    print("next: your own scans, python jobs/train.py data.uri=s3://BUCKET/DATASET run.uri=s3://BUCKET/runs/NAME")
+    print(
+        "next: your own scans, python jobs/train.py data.uri=s3://BUCKET/DATASET run.uri=s3://BUCKET/runs/NAME"
+    )
     return 0 if mean >= GOAL else 1
 
 
@@ -105,7 +113,13 @@ def _evaluate(config, segmented: list[dict], output: Path) -> float:
             }
         )
         picture = draw_panel(
-            image.array, truth.array, mask.array, image.spacing, affine=image.affine, case=row["case"], dice=dice
+            image.array,
+            truth.array,
+            mask.array,
+            image.spacing,
+            affine=image.affine,
+            case=row["case"],
+            dice=dice,
         )
         (output / "panels").mkdir(parents=True, exist_ok=True)
         (output / "panels" / f"{row['case']}.png").write_bytes(picture)

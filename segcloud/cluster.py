@@ -19,6 +19,7 @@ SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # without it every line of a worker appears twice
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "1800",  # a rank that is lost ends the run instead of hanging it
+    "RAY_DATA_LOG_LEVEL": "ERROR",  # the plan of each dataset; the jobs show their own progress
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a config mean the same on driver and workers
 }
 

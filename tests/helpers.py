@@ -25,7 +25,14 @@ TINY: dict[str, Any] = {
     "prepare": {"spacing": [8, 8, 8], "cache_gb": 1},
     "model": {"channels": [4, 8], "strides": [2], "num_res_units": 1},
     "data": {"split": {"n": 1}},
-    "train": {"epochs": 2, "batch_size": 4, "samples_per_case": 2, "roi_size": [16, 16, 16], "checkpoint_every": 1},
+    "train": {
+        "epochs": 2,
+        "batch_size": 4,
+        "samples_per_case": 2,
+        "roi_size": [16, 16, 16],
+        "checkpoint_every": 1,
+        "precision": "fp32",
+    },
     "validation": {"every": 1, "roi_size": [16, 16, 16], "panels": 1},
     "compute": {"device": "cpu", "cpus_per_worker": 1},
 }
@@ -35,7 +42,9 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """`base` with nested `changes`; neither is modified."""
     out = dict(base)
     for key, value in changes.items():
-        out[key] = merge(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+        out[key] = (
+            merge(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+        )
     return out
 
 

@@ -102,5 +102,9 @@ def test_article_config_resolves_to_the_articles_values():
     assert (train.schedule, train.epochs, train.precision) == ("constant", 500, "fp32")
     assert (train.batch_size, train.shuffle) == (2 * 4, "cases")
     assert train.augment == type(train.augment)()
-    assert (config.validation.every, config.validation.roi_size, config.validation.sw_batch_size) == (2, (160,) * 3, 4)
+    assert (config.validation.every, config.validation.roi_size, config.validation.sw_batch_size) == (
+        2,
+        (160,) * 3,
+        4,
+    )
     assert (config.data.split.kind, config.data.split.n, config.data.labels) == ("last_n", 9, {"spleen": 1})

@@ -12,7 +12,9 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCK = dict(
-    line.split("==") for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")
+    line.split("==")
+    for line in (ROOT / "requirements.lock").read_text().splitlines()
+    if not line.startswith("#")
 )
 SOURCES = sorted((ROOT / "segcloud").rglob("*.py"))
 # the only modules that may import Ray: everything else runs and is tested without a cluster
@@ -37,7 +39,9 @@ def test_ci_runs_the_readmes_test_command_word_for_word():
 
 
 def test_the_lock_satisfies_every_dependency():
-    wanted = PROJECT["dependencies"] + [r for extra in PROJECT["optional-dependencies"].values() for r in extra]
+    wanted = PROJECT["dependencies"] + [
+        r for extra in PROJECT["optional-dependencies"].values() for r in extra
+    ]
     locked = {_canonical(name): version for name, version in LOCK.items()}
     for requirement in map(Requirement, wanted):
         if _canonical(requirement.name) != "segcloud":

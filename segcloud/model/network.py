@@ -62,36 +62,37 @@ class GlobalBatchNorm3d(nn.BatchNorm3d):
 
 
 class _GlobalNorm(torch.autograd.Function):
-    """Normalisation by global statistics: one small all-reduce forward, one backward."""
+    """Normalisation by global statistics: one small all-reduce forward, one backward.
+
+    Statistics, normalisation and its gradient are PyTorch's own vectorised kernels with *given* statistics;
+    written as tensor arithmetic, the same step of the UNet took 1.75 times as long.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
-        dims = [0, *range(2, x.ndim)]
-        local = x.float()
-        var, mean = torch.var_mean(local, dims, correction=0)
-        count = torch.full_like(mean, local.numel() / local.shape[1])
+        # float32 running statistics, discarded here, make the kernel sum in float32 under autocast too
+        mean, var = torch.batch_norm_update_stats(x, torch.zeros_like(weight), torch.ones_like(weight), 0.1)
+        count = torch.full_like(mean, x.numel() / x.shape[1])
         # sums of n, n·mean and n·(var + mean²) over the ranks; float64, since the variance is a difference
-        sums = torch.stack([count, count * mean, count * (var + mean * mean)]).double()
+        sums = torch.stack([count, count * mean, count * (var.double() + mean.double() ** 2)]).double()
         dist.all_reduce(sums)
         total, mean64 = sums[0], sums[1] / sums[0]
         mean, var = mean64.float(), (sums[2] / total - mean64 * mean64).clamp_min(0).float()
-        shape = [1, -1, *[1] * (x.ndim - 2)]
-        inverse = (var + eps).rsqrt()
-        y = torch.addcmul((bias - mean * inverse * weight).view(shape), local, (inverse * weight).view(shape))
-        ctx.save_for_backward(x, weight, mean, inverse)
-        ctx.total = float(total[0])
+        ctx.save_for_backward(x, weight, mean, var)
+        ctx.total, ctx.eps = float(total[0]), eps
         ctx.mark_non_differentiable(mean, var)
-        return y.to(x.dtype), mean, var, ctx.total
+        return torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0], mean, var, ctx.total
 
     @staticmethod
     def backward(ctx, grad, *_unused):
-        x, weight, mean, inverse = ctx.saved_tensors
-        dims, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
-        gradient = grad.float()
-        normed = (x.float() - mean.view(shape)) * inverse.view(shape)
-        sums = torch.stack([gradient.sum(dims), (gradient * normed).sum(dims)])
-        grad_bias, grad_weight = sums.clone()  # DDP averages these over the ranks as any other gradient
-        dist.all_reduce(sums)
-        mean_grad, mean_grad_normed = (sums / ctx.total).view(2, *shape)
-        grad_x = (gradient - mean_grad - normed * mean_grad_normed) * (inverse * weight).view(shape)
-        return grad_x.to(x.dtype), grad_weight, grad_bias, None
+        x, weight, mean, var = ctx.saved_tensors
+        # as if the statistics were constants: the first term of the gradient, and the sums of the others
+        grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
+        )
+        means = torch.stack([grad_weight, grad_bias])
+        dist.all_reduce(means)
+        means *= weight * (var + ctx.eps).rsqrt() / ctx.total
+        # weight / sd · (mean(g) + x̂ · mean(g·x̂)): x̂ scaled and shifted, which is a normalisation again
+        grad_x -= torch.native_batch_norm(x, means[0], means[1], mean, var, False, 0.0, ctx.eps)[0]
+        return grad_x, grad_weight, grad_bias, None

@@ -26,7 +26,9 @@ def _touch(uri, *names):
 
 
 def test_decathlon_pairs_by_name_and_tells_the_rest(storage_uri):
-    uri = _touch(storage_uri, *[f"imagesTr/{n}.nii.gz" for n in "ab"], *[f"labelsTr/{n}.nii.gz" for n in "bc"])
+    uri = _touch(
+        storage_uri, *[f"imagesTr/{n}.nii.gz" for n in "ab"], *[f"labelsTr/{n}.nii.gz" for n in "bc"]
+    )
     dataset = load_dataset(DataConfig(uri=uri))
     assert [c.id for c in dataset.cases] == ["b"]
     assert {(v.case, v.code) for v in dataset.verdicts} == {("a", "no_label"), ("c", "no_image")}

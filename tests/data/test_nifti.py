@@ -91,7 +91,9 @@ def test_a_label_stored_in_another_orientation_lands_on_the_image(codes):
     assert np.array_equal(onto_grid(decode(turned.to_bytes()), image.array.shape, image.affine), ARRAY)
 
 
-@pytest.mark.parametrize("change", [np.diag([1, 1, 1.1, 1]), np.array(AFFINE) - AFFINE + np.eye(4) + np.eye(4, k=3)])
+@pytest.mark.parametrize(
+    "change", [np.diag([1, 1, 1.1, 1]), np.array(AFFINE) - AFFINE + np.eye(4) + np.eye(4, k=3)]
+)
 def test_a_label_elsewhere_is_a_mismatch(change):
     with pytest.raises(BadScan) as caught:
         onto_grid(as_volume(ARRAY, AFFINE @ change), ARRAY.shape, AFFINE)

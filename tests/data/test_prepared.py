@@ -55,7 +55,9 @@ def test_the_key_changes_with_source_transform_and_labels_only(tmp_path):
 @pytest.fixture
 def published(tmp_path, bucket_uri):
     config = tiny_config(data={"uri": str(write_cases(tmp_path / "data", 2))})
-    store = PreparedStore(bucket_uri, config.prepare.model_copy(update={"cache_dir": str(tmp_path / "cache")}))
+    store = PreparedStore(
+        bucket_uri, config.prepare.model_copy(update={"cache_dir": str(tmp_path / "cache")})
+    )
     cases = load_dataset(config.data).cases
     return store, [store.publish(case, f"{case.id}.safetensors", config) for case in cases]
 

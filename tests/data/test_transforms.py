@@ -132,7 +132,12 @@ def test_an_unusable_label_gets_its_code(label, code):
 
 @pytest.mark.parametrize(
     ("values", "code"),
-    [((0, 800), "not_ct"), ((-1000, np.nan), "not_finite"), ((-1000, np.inf), "not_finite"), ((-1000, -900), "not_ct")],
+    [
+        ((0, 800), "not_ct"),
+        ((-1000, np.nan), "not_finite"),
+        ((-1000, np.inf), "not_finite"),
+        ((-1000, -900), "not_ct"),
+    ],
 )
 def test_what_is_not_a_ct_gets_its_code(values, code):
     array = np.full((4, 4, 4), values[0], np.float32)

@@ -23,13 +23,19 @@ def test_classes_equal_argmax_of_the_plain_sliding_window(labels):
     image = np.random.default_rng(0).random((30, 25, 40), dtype=np.float32)
     network = _network(config)
     with torch.no_grad():
-        plain = sliding_window_inference(torch.from_numpy(image)[None, None], (16, 16, 16), 4, network, overlap=0.25)
+        plain = sliding_window_inference(
+            torch.from_numpy(image)[None, None], (16, 16, 16), 4, network, overlap=0.25
+        )
     assert np.array_equal(Predictor(network, config, CPU).classes(image), plain.argmax(1)[0].numpy())
 
 
 def test_a_volume_smaller_than_the_window_is_predicted():
     config = tiny_config()
-    assert Predictor(_network(config), config, CPU).classes(np.zeros((5, 9, 20), np.float32)).shape == (5, 9, 20)
+    assert Predictor(_network(config), config, CPU).classes(np.zeros((5, 9, 20), np.float32)).shape == (
+        5,
+        9,
+        20,
+    )
 
 
 def test_segment_answers_on_the_source_grid_with_the_label_values():

@@ -102,7 +102,7 @@ def _wait_until_ready(url: str, token: str, process: subprocess.Popen, log: Path
 @pytest.fixture(scope="session")
 def cluster(s3: EmbeddedS3) -> Iterator[Cluster]:
     """A head node with two CPUs for the whole session; its workers reach the embedded S3 server."""
-    temp = Path(tempfile.mkdtemp(prefix="scray-", dir="/tmp"))  # noqa: S108 - socket paths must stay short
+    temp = Path(tempfile.mkdtemp(prefix="scray-", dir="/tmp"))
     port, dashboard, token = _free_port(), _free_port(), secrets.token_hex(16)
     env = {
         **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
@@ -111,10 +111,19 @@ def cluster(s3: EmbeddedS3) -> Iterator[Cluster]:
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(REPOSITORY),
         "SEGCLOUD_CACHE": str(temp / "cache"),
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
     }
-    command = ["ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--node-ip-address=127.0.0.1"]
+    command = [
+        "ray",
+        "start",
+        "--head",
+        "--block",
+        f"--port={port}",
+        "--num-cpus=2",
+        "--node-ip-address=127.0.0.1",
+    ]
     command += [f"--dashboard-port={dashboard}", f"--temp-dir={temp}", "--object-store-memory=500000000"]
     log = temp / "head.log"
     with log.open("w") as output:

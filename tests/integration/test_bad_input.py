@@ -1,6 +1,7 @@
 """Bad input: one line with the case and the remedy, an exit code, and nothing half-written."""
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,11 +16,44 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory):
-    return write_cases(tmp_path_factory.mktemp("scans"), 3)
+    return write_cases(tmp_path_factory.mktemp("scans"), 8)
 
 
-def _upload(scans, uri, **changes):
-    """The dataset with some files replaced (bytes) or left out (None)."""
+def _label(scans, index):
+    return decode((scans / f"labelsTr/case_{index}.nii.gz").read_bytes())
+
+
+def _moved(volume):
+    """The volume 20 mm to the side."""
+    return encode_mask(volume.array, replace(volume, affine=volume.affine + 20 * np.eye(4, k=3)))
+
+
+def _bad_files(scans):
+    """File → new content (None: left out), one defect per case."""
+    image = (scans / "imagesTr/case_2.nii.gz").read_bytes()
+    return {
+        "labelsTr/case_0.nii.gz": None,
+        "imagesTr/case_1.nii.gz": None,
+        "imagesTr/case_2.nii.gz": image[:-900],
+        "labelsTr/case_3.nii.gz": _moved(_label(scans, 3)),
+        "labelsTr/case_4.nii.gz": encode_mask(np.zeros_like(_label(scans, 4).array), _label(scans, 4)),
+        "labelsTr/case_5.nii.gz": b"",
+    }
+
+
+VERDICTS = {
+    "case_0": ("no_label", "image without a label; add labelsTr/"),
+    "case_1": ("no_image", "label without an image; add imagesTr/"),
+    "case_2": ("truncated", "copy the file again"),
+    "case_3": ("grid_mismatch", "20.0 mm off the image's grid; resample the label"),
+    "case_4": ("empty_label", "all background"),
+    "case_5": ("label_empty_file", "copy it again"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_dataset(scans, s3):
+    uri, changes = s3.uri("bad-input"), _bad_files(scans)
     for path in scans.rglob("*.nii.gz"):
         key = str(path.relative_to(scans))
         data = changes.get(key, path.read_bytes())
@@ -28,60 +62,38 @@ def _upload(scans, uri, **changes):
     return uri
 
 
-LABEL, IMAGE = "labelsTr/case_1.nii.gz", "imagesTr/case_1.nii.gz"
-
-
-def _change_label(scans, change):
-    label = decode((scans / LABEL).read_bytes())
-    return encode_mask(*change(label))
-
-
-def _shifted(label):
-    moved = decode(encode_mask(label.array, label))
-    for row in ("srow_x", "qoffset_x"):
-        moved.header[row] = np.asarray(moved.header[row]) + 20
-    return moved.array, moved
-
-
-BAD = {
-    "no_label": (LABEL, lambda scans: None, "image without a label; add labelsTr/"),
-    "no_image": (IMAGE, lambda scans: None, "label without an image; add imagesTr/"),
-    "truncated": (IMAGE, lambda scans: (scans / IMAGE).read_bytes()[:-900], "copy the file again"),
-    "grid_mismatch": (LABEL, lambda scans: _change_label(scans, _shifted), "resample the label onto the image"),
-    "empty_label": (
-        LABEL,
-        lambda scans: _change_label(scans, lambda v: (np.zeros_like(v.array), v)),
-        "all background",
-    ),
-}
-
-
-@pytest.mark.parametrize("code", BAD)
-def test_a_bad_case_stops_training_with_its_verdict(cluster, scans, bucket_uri, code):
-    key, make, remedy = BAD[code]
-    data = _upload(scans, f"{bucket_uri}/data", **{key: make(scans)})
-    job = cluster.train(tiny_config(data={"uri": data}, run={"uri": f"{bucket_uri}/runs/a"}))
+def test_bad_cases_stop_training_with_a_verdict_each_and_no_run_begun(cluster, bad_dataset, bucket_uri):
+    job = cluster.train(tiny_config(data={"uri": bad_dataset}, run={"uri": f"{bucket_uri}/runs/a"}))
     assert job.finish() == 2, job.output
-    assert job.lines[-1].startswith(f"  case_1: [{code}] ")
-    assert remedy in job.lines[-1]
-    assert list(storage.list_objects(f"{bucket_uri}/runs")) == []
+    told = job.lines[job.lines.index(next(line for line in job.lines if line.startswith("error:"))) + 1 :]
+    assert len(told) == len(VERDICTS)
+    for case, (code, remedy) in VERDICTS.items():
+        assert any(line.startswith(f"  {case}: [{code}] ") and remedy in line for line in told), (case, told)
+    left = {storage.name(info.uri)[:6] for info in storage.list_objects(f"{bucket_uri}/runs")}
+    assert left == {"case_6", "case_7"}  # the others' prepared volumes, for the next try
 
 
-def test_skipping_trains_on_the_rest_and_says_so_in_the_exit_code(cluster, scans, bucket_uri):
-    data = _upload(scans, f"{bucket_uri}/data", **{LABEL: None})
+def test_skipping_trains_on_the_rest_and_says_so_in_the_exit_code(cluster, bad_dataset, bucket_uri):
     config = tiny_config(
-        data={"uri": data, "bad_cases": "skip"}, run={"uri": f"{bucket_uri}/runs/a"}, train={"epochs": 1}
+        data={"uri": bad_dataset, "bad_cases": "skip"},
+        run={"uri": f"{bucket_uri}/runs/a"},
+        train={"epochs": 1},
     )
     job = cluster.train(config)
     assert job.finish() == 3, job.output
-    assert job.lines[-2:][0] == "error: done, but 1 case(s) were left out:"
+    assert "error: done, but 6 case(s) were left out:" in job.output
     result = storage.read_json(f"{bucket_uri}/runs/a/result.json")
-    assert [(left["case"], left["code"]) for left in result["left_out"]] == [("case_1", "no_label")]
+    assert {left["case"]: left["code"] for left in result["left_out"]} == {
+        c: v[0] for c, v in VERDICTS.items()
+    }
 
 
 @pytest.mark.parametrize(
     ("data", "told"),
-    [("s3://no-such-bucket/data", "no such bucket 'no-such-bucket'"), ("", "expected imagesTr/ and labelsTr/")],
+    [
+        ("s3://no-such-bucket/data", "no such bucket 'no-such-bucket'"),
+        ("", "expected imagesTr/ and labelsTr/"),
+    ],
 )
 def test_a_missing_bucket_or_an_empty_prefix_is_one_line(cluster, bucket_uri, data, told):
     config = tiny_config(data={"uri": data or f"{bucket_uri}/empty"}, run={"uri": f"{bucket_uri}/runs/a"})

@@ -121,12 +121,14 @@ def test_one_and_two_workers_give_the_same_curve(cluster, dataset, reference):
     job = cluster.train(config)
     assert job.finish() == 0, job.output
     for one, two in zip(_curve(config), _curve(reference), strict=True):
-        assert one[1] == pytest.approx(two[1], rel=2e-3)  # sums in another order, twelve epochs long
-    assert _curve(config)[0][1] == pytest.approx(_curve(reference)[0][1], rel=1e-5)
+        assert one[1] == pytest.approx(two[1], rel=1e-3)  # sums in another order, grown over twelve epochs
+    assert _curve(config)[0][1] == pytest.approx(_curve(reference)[0][1], rel=1e-6)
 
 
 def test_divergence_ends_the_job_once_with_the_remedy(cluster, dataset):
-    job = cluster.train(_config(dataset, "diverged", lr=1e30, optimizer="sgd", schedule="constant", epochs=60))
+    job = cluster.train(
+        _config(dataset, "diverged", lr=1e30, optimizer="sgd", schedule="constant", epochs=60)
+    )
     assert job.finish() == 1
     assert "lower train.lr" in job.lines[-1]
     assert "resuming" not in job.output
@@ -152,7 +154,10 @@ def test_infer_writes_masks_beside_verdicts(cluster, dataset, reference, tmp_pat
     assert names == {"good_seg.nii.gz", "good_seg.json"}
     sidecar = json.loads(storage.read(f"{output}/good_seg.json"))
     assert sidecar["provenance"]["model-sha256"] == load_model(reference.run.uri).digest
-    assert storage.stat(f"{output}/good_seg.nii.gz").metadata["model-sha256"] == load_model(reference.run.uri).digest
+    assert (
+        storage.stat(f"{output}/good_seg.nii.gz").metadata["model-sha256"]
+        == load_model(reference.run.uri).digest
+    )
 
 
 def test_a_submitted_job_with_a_bad_config_fails_with_the_reason_last(cluster):

@@ -125,7 +125,11 @@ def test_optimizers_are_what_the_config_says():
         name: build_optimizer(Config().train.model_copy(update={"optimizer": name}), parameters, fused=True)
         for name in ("adam", "adamw", "sgd")
     }
-    assert {name: type(o).__name__ for name, o in made.items()} == {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD"}
+    assert {name: type(o).__name__ for name, o in made.items()} == {
+        "adam": "Adam",
+        "adamw": "AdamW",
+        "sgd": "SGD",
+    }
     assert made["sgd"].defaults["nesterov"]
 
 
