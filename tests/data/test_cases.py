@@ -110,7 +110,7 @@ def test_listed_takes_the_datalists_fold():
 
 @pytest.mark.parametrize("split", [SplitConfig(n=10), SplitConfig(kind="listed", fold=7)])
 def test_an_empty_side_is_refused(split):
-    with pytest.raises(DatasetError, match="change data.split"):
+    with pytest.raises(DatasetError, match=r"change data\.split"):
         split_cases(CASES, split)
 
 
@@ -138,5 +138,5 @@ def test_find_images_takes_a_file_a_folder_and_equal_names(tmp_path):
 
 
 def test_find_images_without_images_says_so(tmp_path):
-    with pytest.raises(DatasetError, match="no .nii.gz or .nii file"):
+    with pytest.raises(DatasetError, match=r"no \.nii\.gz or \.nii file"):
         find_images(_touch(str(tmp_path), "a.txt"))

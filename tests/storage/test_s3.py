@@ -37,8 +37,10 @@ def test_a_missing_bucket_is_told_from_a_missing_object(s3: EmbeddedS3, tmp_path
 
 
 def test_folder_markers_are_not_objects(s3_uri: str) -> None:
-    storage.s3_client().put_object(**bucket_and_key(s3_uri + "/folder/"), Body=b"")
+    marker = bucket_and_key(s3_uri + "/folder/")
+    storage.s3_client().put_object(**marker, Body=b"")
     assert uris(s3_uri) == uris(s3_uri + "/folder") == uris(s3_uri + "/folder/") == []
+    storage.s3_client().delete_object(**marker)
 
 
 def test_a_listing_has_all_pages(s3_uri: str) -> None:

@@ -1,6 +1,7 @@
 """The loop without Ray: resumed equals uninterrupted to the bit, divergence ends it, learning happens."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def test_cosine_warms_up_peaks_and_ends_near_zero():
     assert factors[0] == pytest.approx(1 / 11)
     assert max(factors) == factors[10] == 1.0
     assert factors[-1] < 0.001
-    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(factors[10:]))
 
 
 def test_constant_is_constant():
