@@ -90,41 +90,26 @@ def _train_and_infer(config, masks_uri: str, output: Path) -> float:
 def _evaluate(config, segmented: list[dict], output: Path) -> float:
     from segcloud import storage
     from segcloud.data import nifti
-    from segcloud.evaluation.metrics import overlap, volume_ml
+    from segcloud.evaluation.metrics import finite_mean, score
     from segcloud.progress import table
     from segcloud.report.panels import draw_panel
 
+    (output / "panels").mkdir(parents=True, exist_ok=True)
     rows = []
-    for row in segmented:
-        file = f"{row['case']}.nii.gz"
+    for case, mask_uri in ((row["case"], row["mask"]) for row in segmented):
         image, truth = (
-            nifti.decode(storage.read(storage.join(config.data.uri, folder, file)))
+            nifti.decode(storage.read(storage.join(config.data.uri, folder, f"{case}.nii.gz")))
             for folder in ("imagesTs", "labelsTs")
         )
-        mask = nifti.decode(storage.read(row["mask"]))
-        dice, iou = overlap(truth.array == 1, mask.array == 1)
-        rows.append(
-            {
-                "case": row["case"],
-                "Dice": dice,
-                "IoU": iou,
-                "truth mL": volume_ml(truth.array == 1, truth.affine),
-                "mask mL": row["ml_spleen"],
-            }
-        )
+        mask = nifti.decode(storage.read(mask_uri)).array
+        rows.append({"case": case, **score(truth.array, mask, config.data.labels, truth.affine)})
         picture = draw_panel(
-            image.array,
-            truth.array,
-            mask.array,
-            image.spacing,
-            affine=image.affine,
-            case=row["case"],
-            dice=dice,
+            *(image.array, truth.array, mask, image.spacing),
+            **{"affine": image.affine, "case": case, "dice": rows[-1]["dice_spleen"]},
         )
-        (output / "panels").mkdir(parents=True, exist_ok=True)
-        (output / "panels" / f"{row['case']}.png").write_bytes(picture)
+        (output / "panels" / f"{case}.png").write_bytes(picture)
     print(table(rows))
-    return sum(row["Dice"] for row in rows) / len(rows)
+    return finite_mean(row["dice_spleen"] for row in rows)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Overlap metrics of two masks, with their definitions."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -33,3 +34,34 @@ def finite_mean(values: Iterable[float]) -> float:
 def volume_ml(mask: np.ndarray, affine: np.ndarray) -> float:
     """Volume of a boolean mask in millilitres; the affine is in millimetres."""
     return float(np.count_nonzero(mask) * abs(np.linalg.det(affine[:3, :3])) / 1000)
+
+
+def score(
+    truth: np.ndarray, prediction: np.ndarray, organs: Iterable[str], affine: np.ndarray
+) -> dict[str, float]:
+    """Dice, IoU and both volumes of every organ.
+
+    Args:
+        truth: class indices, 1 for the first organ.
+        prediction: likewise, on the same grid.
+        organs: names in the order of their class indices.
+        affine: 4×4 of the grid, in millimetres.
+
+    Returns:
+        ``dice_<organ>``, ``iou_<organ>``, ``truth_ml_<organ>`` and ``prediction_ml_<organ>``.
+    """
+    row = {}
+    for index, organ in enumerate(organs, start=1):
+        dice, iou = overlap(truth == index, prediction == index)
+        row |= {
+            f"dice_{organ}": dice,
+            f"iou_{organ}": iou,
+            f"truth_ml_{organ}": volume_ml(truth == index, affine),
+            f"prediction_ml_{organ}": volume_ml(prediction == index, affine),
+        }
+    return row
+
+
+def mean_dice(row: Mapping[str, Any]) -> float:
+    """Mean over the organs of a row of :func:`score`; NaN if none is defined."""
+    return finite_mean(v for k, v in row.items() if k.startswith("dice_"))

@@ -101,7 +101,7 @@ def _run(
         fn_constructor_kwargs={
             "model_uri": model_uri,
             "output_uri": output_uri,
-            "threads": int(wanted["CPU"]),
+            "wanted": wanted,
         },
         batch_size=1,
         num_cpus=wanted["CPU"],
@@ -114,9 +114,9 @@ def _run(
 class _Segmenter:
     """One actor: loads the model once, then segments case by case."""
 
-    def __init__(self, model_uri: str, output_uri: str, threads: int):
-        torch.set_num_threads(threads)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(self, model_uri: str, output_uri: str, wanted: dict[str, float]):
+        torch.set_num_threads(int(wanted["CPU"]))
+        device = torch.device("cuda" if "GPU" in wanted else "cpu")
         self.model = load_model(model_uri)
         self.predictor = Predictor(self.model.network, self.model.config, device)
         self.output_uri = output_uri

@@ -323,9 +323,7 @@ class _Follower:
                 self.best = row
             text += f"  Dice {row['val_dice']:.4f}  IoU {row['val_iou']:.4f}"
             text += f"  best {self.best['val_dice']:.4f} at {self.best['epoch']}"
-        phases = ", ".join(
-            f"{name} {seconds:.1f}" for name, seconds in row["phases"].items() if seconds >= 0.05
-        )
+        phases = ", ".join(f"{name} {seconds:.2g}" for name, seconds in row["phases"].items())
         left = format_seconds((total - row["epoch"]) * row["seconds"])
         self.progress.line(f"{text}  {row['seconds']:.1f} s ({phases})  {left} left")
         self.progress.advance(quiet=True)

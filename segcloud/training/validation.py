@@ -14,7 +14,7 @@ from segcloud.config import Config
 from segcloud.data import nifti, transforms
 from segcloud.data.cases import Case
 from segcloud.data.prepared import PreparedVolume
-from segcloud.evaluation.metrics import finite_mean, overlap, volume_ml
+from segcloud.evaluation.metrics import finite_mean, overlap, score
 from segcloud.inference.predictor import Predictor
 from segcloud.training.ranks import Ranks
 
@@ -97,13 +97,5 @@ def score_native(predictor: Predictor, item: ValidationCase) -> NativeScore:
     predicted = transforms.to_source(predictor.scores(item.volume.decode()), item.volume.geometry)
     labels = predictor.config.data.labels
     truth = transforms.classes(label, labels)
-    row: dict[str, Any] = {"case": item.case.id}
-    for index, organ in enumerate(labels, start=1):
-        dice, iou = overlap(truth == index, predicted == index)
-        row |= {
-            f"dice_{organ}": dice,
-            f"iou_{organ}": iou,
-            f"truth_ml_{organ}": volume_ml(truth == index, image.affine),
-            f"prediction_ml_{organ}": volume_ml(predicted == index, image.affine),
-        }
+    row = {"case": item.case.id, **score(truth, predicted, labels, image.affine)}
     return NativeScore(row, image.array, truth, predicted, image.affine)

@@ -16,6 +16,7 @@ from segcloud import storage
 from segcloud.config import Config
 from segcloud.data.prepared import PreparedRef, PreparedStore
 from segcloud.data.sampling import PatchLoader
+from segcloud.evaluation.metrics import mean_dice
 from segcloud.inference.predictor import Predictor
 from segcloud.model import checkpoint
 from segcloud.model.network import build_network, synchronise_batch_norm
@@ -83,9 +84,12 @@ def run_worker(
     checkpoints = checkpoint.CheckpointStore(config.run.uri, config.train.keep_checkpoints, uploader)
     record = RunRecord(config.run.uri, storage.name(config.run.uri))
 
+    target = checkpoint.model_uri(config.run.uri)
+    best_data: list[bytes] = []  # the newest best model, kept until it is known to be stored
+
     def best(network: nn.Module, row: Row) -> None:
-        data = checkpoint.encode_model(network, config, row)
-        target = checkpoint.model_uri(config.run.uri)
+        best_data[:] = [checkpoint.encode_model(network, config, row)]
+        data = best_data[0]
         uploader.submit("the best model", lambda: storage.put(data, target))
 
     def report(row: Row, state: TrainState) -> None:
@@ -114,6 +118,8 @@ def run_worker(
         uploader.submit("the learning curves", lambda: record.write(list(state.history), final=True))
         outlet.line("training done; storing the model and scoring it on the native grid")
     uploader.flush()
+    if uploader.failures and best_data:  # told while training; without its model the run has failed
+        storage.put(best_data[0], target)
     ranks.sum(torch.zeros(1))  # wait until rank 0 has stored the model that all ranks load next
     scores = _score(config, mine, ranks)
     return {
@@ -147,7 +153,7 @@ def _score(config: Config, mine: list[ValidationCase], ranks: Ranks) -> list[dic
         score = score_native(predictor, item)
         rows.append(score.row)
         if config.validation.panels:
-            dice = _mean_dice(score.row)
+            dice = mean_dice(score.row)
             pictures[score.row["case"]] = draw_panel(
                 score.image,
                 score.truth,
@@ -158,14 +164,9 @@ def _score(config: Config, mine: list[ValidationCase], ranks: Ranks) -> list[dic
                 dice=None if math.isnan(dice) else dice,
                 window=config.prepare.window,
             )
-    rows = sorted(ranks.gather(rows), key=lambda row: (_mean_dice(row), row["case"]))
+    rows = sorted(ranks.gather(rows), key=lambda row: (mean_dice(row), row["case"]))
     for row in rows[: config.validation.panels]:
         if row["case"] in pictures:
             target = storage.join(config.run.uri, "panels", f"{row['case']}.png")
             storage.put(pictures[row["case"]], target, content_type="image/png")
     return rows
-
-
-def _mean_dice(row: dict[str, Any]) -> float:
-    values = [v for k, v in row.items() if k.startswith("dice_") and not math.isnan(v)]
-    return sum(values) / len(values) if values else math.nan

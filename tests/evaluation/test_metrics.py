@@ -7,7 +7,7 @@ import pytest
 import torch
 from monai.metrics import compute_dice, compute_iou
 
-from segcloud.evaluation.metrics import finite_mean, overlap, volume_ml
+from segcloud.evaluation.metrics import finite_mean, mean_dice, overlap, score, volume_ml
 
 
 def _box(*spans, shape=(10, 10, 10)):
@@ -50,3 +50,13 @@ def test_means_leave_undefined_values_out():
 def test_volume_counts_millilitres_of_any_orientation():
     affine = np.array([[0, 0, -2.0, 0], [1, 0, 0, 0], [0, 5, 0, 0], [0, 0, 0, 1]])
     assert volume_ml(_box((0, 10), (0, 10), (0, 10)), affine) == pytest.approx(1000 * 10 / 1000)
+
+
+def test_a_row_names_every_organ_and_its_mean_leaves_undefined_ones_out():
+    truth, prediction = np.zeros((2, 4, 4, 4), np.uint8)
+    truth[0], prediction[:2] = 1, 1  # organ 1: half of the prediction; organ 2: absent
+    row = score(truth, prediction, ["spleen", "liver"], np.diag([10.0, 10, 10, 1]))
+    assert row["dice_spleen"] == pytest.approx(2 * 16 / (16 + 32))
+    assert (row["truth_ml_spleen"], row["prediction_ml_spleen"]) == pytest.approx((16, 32))
+    assert math.isnan(row["dice_liver"])
+    assert mean_dice(row) == row["dice_spleen"]
