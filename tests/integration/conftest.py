@@ -87,23 +87,27 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _wait_until_ready(url: str, token: str, process: subprocess.Popen, log: Path) -> None:
-    request = urllib.request.Request(f"{url}/api/version", headers={"Authorization": f"Bearer {token}"})
+def _wait_until_ready(urls: list[str], token: str, process: subprocess.Popen, log: Path) -> None:
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
+    while urls and time.monotonic() < deadline and process.poll() is None:
+        request = urllib.request.Request(urls[0], headers={"Authorization": f"Bearer {token}"})
         try:
             urllib.request.urlopen(request, timeout=5).close()
-            return
+            urls = urls[1:]
         except OSError:
             time.sleep(0.3)
-    raise RuntimeError(f"the test cluster did not start:\n{log.read_text()[-3000:]}")
+    if urls:
+        raise RuntimeError(f"the test cluster did not start:\n{log.read_text()[-3000:]}")
 
 
 @pytest.fixture(scope="session")
 def cluster(s3: EmbeddedS3) -> Iterator[Cluster]:
     """A head node with two CPUs for the whole session; its workers reach the embedded S3 server."""
     temp = Path(tempfile.mkdtemp(prefix="scray-", dir="/tmp"))
-    port, dashboard, token = _free_port(), _free_port(), secrets.token_hex(16)
+    # all ports are chosen free: another Ray on this machine holds the default ones
+    names = ("port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
+    ports = {name: _free_port() for name in (*names, "metrics-export-port", "ray-client-server-port")}
+    token = secrets.token_hex(16)
     env = {
         **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
         **SETTINGS,
@@ -115,23 +119,18 @@ def cluster(s3: EmbeddedS3) -> Iterator[Cluster]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
     }
-    command = [
-        "ray",
-        "start",
-        "--head",
-        "--block",
-        f"--port={port}",
-        "--num-cpus=2",
-        "--node-ip-address=127.0.0.1",
-    ]
-    command += [f"--dashboard-port={dashboard}", f"--temp-dir={temp}", "--object-store-memory=500000000"]
+    command = ["ray", "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1"]
+    command += [f"--temp-dir={temp}", "--object-store-memory=500000000"]
+    command += [f"--{name}={port}" for name, port in ports.items()]
     log = temp / "head.log"
     with log.open("w") as output:
         head = subprocess.Popen(command, env=env, stdout=output, stderr=output, start_new_session=True)
-    url = f"http://127.0.0.1:{dashboard}"
+    url = f"http://127.0.0.1:{ports['dashboard-port']}"
+    agent = f"http://127.0.0.1:{ports['dashboard-agent-listen-port']}/api/local_raylet_healthz"
     try:
-        _wait_until_ready(url, token, head, log)
-        yield Cluster({**env, "RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_API_SERVER_ADDRESS": url}, temp)
+        _wait_until_ready([f"{url}/api/version", agent], token, head, log)
+        addresses = {"RAY_ADDRESS": f"127.0.0.1:{ports['port']}", "RAY_API_SERVER_ADDRESS": url}
+        yield Cluster({**env, **addresses}, temp)
     finally:
         os.killpg(head.pid, signal.SIGTERM)
         try:
