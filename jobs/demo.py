@@ -34,7 +34,7 @@ def main() -> int:
 
     print("step 1 of 4: an S3 server, Ray, and synthetic CT scans in a bucket", flush=True)
     output = Path(args.output)
-    with tempfile.TemporaryDirectory(prefix="segcloud-demo-") as scratch, EmbeddedS3(bucket="demo") as s3:
+    with tempfile.TemporaryDirectory(prefix="sc-") as scratch, EmbeddedS3(bucket="demo") as s3:
         places = [
             f"data.uri={s3.uri('scans')}",
             f"run.uri={s3.uri('runs/spleen')}",
@@ -42,7 +42,7 @@ def main() -> int:
         ]
         config = load_config(args.config or str(CONFIG), [*places, *args.overrides])
         _fill_bucket(Path(scratch) / "scans", config.data.uri)
-        with cluster.connect():
+        with cluster.connect(temp_dir=f"{scratch}/ray"):
             mean = _train_and_infer(config, s3.uri("masks"), output)
     print(
         f"\nsaved to {output}/: run/learning_curves.png, run/panels/, masks/, panels/ of the held-out scans"
@@ -68,6 +68,7 @@ def _fill_bucket(folder: Path, uri: str) -> None:
 
 def _train_and_infer(config, masks_uri: str, output: Path) -> float:
     from segcloud import storage
+    from segcloud.data.cases import raise_if_incomplete
     from segcloud.inference.batch import infer
     from segcloud.training.trainer import train
 
@@ -76,8 +77,10 @@ def _train_and_infer(config, masks_uri: str, output: Path) -> float:
     print("\nstep 3 of 4: segment the held-out scans from bucket to bucket", flush=True)
     images = storage.join(config.data.uri, "imagesTs")
     segmented = infer(run.run_uri, images, masks_uri, config.compute)
+    raise_if_incomplete(segmented.verdicts)
     print("\nstep 4 of 4: evaluate on the scans' own grids", flush=True)
-    shutil.rmtree(output, ignore_errors=True)
+    for name in ("run", "masks", "panels"):  # of an earlier demo; whatever else is in the folder stays
+        shutil.rmtree(output / name, ignore_errors=True)
     mean = _evaluate(config, segmented.rows, output)
     for source, name in ((run.run_uri, "run"), (masks_uri, "masks")):
         for info in storage.list_objects(source):

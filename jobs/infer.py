@@ -24,12 +24,15 @@ def main() -> int:
     args = parser.parse_args()
 
     from segcloud import cluster
-    from segcloud.config import ComputeConfig
+    from segcloud.config import from_dict
     from segcloud.data.cases import raise_if_incomplete
     from segcloud.inference.batch import infer
     from segcloud.progress import table
 
-    compute = ComputeConfig(workers=args.workers, device=args.device, cpus_per_worker=args.cpus_per_worker)
+    asked = {"workers": args.workers, "device": args.device, "cpus_per_worker": args.cpus_per_worker}
+    compute = from_dict(
+        {"compute": asked, "train": {"batch_size": max(args.workers, 1)}}, "--workers and so on"
+    ).compute
     with cluster.connect(args.verbose):
         result = infer(args.model, args.input, args.output, compute)
     print(table(result.rows))

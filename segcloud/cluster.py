@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 import ray
 from ray.autoscaler.sdk import request_resources
 
+from segcloud import storage
 from segcloud.config import ComputeConfig
 from segcloud.errors import UsageError
 
@@ -20,34 +22,38 @@ SETTINGS = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # without it every line of a worker appears twice
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "1800",  # a rank that is lost ends the run instead of hanging it
     "RAY_DATA_LOG_LEVEL": "ERROR",  # the plan of each dataset; the jobs show their own progress
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a config mean the same on driver and workers
 }
 
 
 @contextmanager
-def connect(verbose: bool = False) -> Iterator[None]:
-    """Connect to ``RAY_ADDRESS`` or the job's cluster; without one, start Ray here and stop it at the end.
+def connect(verbose: bool = False, temp_dir: str | None = None) -> Iterator[None]:
+    """Connect to ``RAY_ADDRESS``; where it is not set, start Ray on this machine and stop it at the end.
+
+    A submitted job finds ``RAY_ADDRESS`` set to its cluster.
 
     Args:
         verbose: show the workers' own output.
+        temp_dir: of a cluster started here; a short path, since it holds sockets.
 
     Raises:
         UsageError: the cluster cannot be reached.
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    if os.environ.get("RAY_ADDRESS") and "RAY_AUTH_MODE" not in os.environ and _has_token():
+    address = os.environ.get("RAY_ADDRESS")
+    if address is None and "RAY_AUTH_MODE" not in os.environ:
+        # a token for this cluster's lifetime; Ray would leave a readable one in the home folder
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+    elif "RAY_AUTH_MODE" not in os.environ and _has_token():
         os.environ["RAY_AUTH_MODE"] = "token"  # Ray has a token and would not send it
+    local = {"include_dashboard": False, "_temp_dir": temp_dir} if address is None else {}
     try:
-        ray.init(
-            log_to_driver=verbose,
-            logging_level=logging.ERROR,
-            include_dashboard=False if not os.environ.get("RAY_ADDRESS") else None,
-        )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+        # "local", since without an address Ray joins whatever cluster was last started on this machine
+        ray.init(address=address or "local", log_to_driver=verbose, logging_level=logging.ERROR, **local)
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise UsageError(
-            f"cannot connect to Ray at {os.environ.get('RAY_ADDRESS', 'this machine')}: "
-            f"{str(error).splitlines()[0]}; check RAY_ADDRESS, and RAY_AUTH_MODE with its token"
+            f"cannot connect to Ray at {address or 'this machine'}: {str(error).splitlines()[0]}; "
+            "check RAY_ADDRESS, and RAY_AUTH_MODE with its token"
         ) from None
     try:
         yield
@@ -60,59 +66,66 @@ def _has_token() -> bool:
     return bool(os.environ.get("RAY_AUTH_TOKEN")) or path.is_file()
 
 
-def resources(config: ComputeConfig) -> dict[str, float]:
-    """CPU and GPU of one worker, as the config and the cluster's nodes allow.
+def refuse_temporary(*uris: str) -> None:
+    """Refuse results in the working folder of a submitted job, which Ray deletes after it.
 
     Raises:
-        UsageError: ``compute.device=cuda`` on a cluster without GPUs.
+        UsageError: names the URI.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = sum(node.get("GPU", 0) for node in nodes)
-    if config.device == "cuda" and gpus == 0:
-        raise UsageError("compute.device=cuda, but the cluster has no GPU; set compute.device=auto or cpu")
-    cpus = config.cpus_per_worker or _share([int(node.get("CPU", 0)) for node in nodes], config.workers)
-    wanted = {"CPU": float(cpus)}
-    if config.device != "cpu" and gpus >= 1:
-        wanted["GPU"] = 1.0
-    return wanted
+    for uri in uris:
+        if not storage.is_s3(uri) and "working_dir_files" in storage.local_path(uri).absolute().parts:
+            raise UsageError(f"{uri}: would be deleted with the submitted job; use s3:// or an absolute path")
 
 
-def _share(node_cpus: list[int], workers: int) -> int:
-    """The most CPUs per worker with which all workers still find a node."""
-    for share in range(max(node_cpus, default=1), 1, -1):
-        if sum(cpus // share for cpus in node_cpus) >= workers:
-            return share
-    return 1
+def acquire(config: ComputeConfig) -> dict[str, float]:
+    """CPU and GPU of one worker, once the cluster's nodes can hold all workers.
 
-
-def require_capacity(wanted: dict[str, float], config: ComputeConfig) -> None:
-    """Refuse what this cluster cannot hold, after ``compute.wait_for_nodes`` seconds for nodes to join.
+    Waits up to ``compute.wait_for_nodes`` seconds for nodes to join, and asks an autoscaler for them.
 
     Raises:
         UsageError: says what is needed and what there is.
     """
     deadline = time.monotonic() + config.wait_for_nodes
-    if short := _missing(wanted, config.workers):
-        request_resources(bundles=[wanted] * config.workers)  # an autoscaler adds nodes only on demand
-        try:
-            while short and time.monotonic() < deadline:
-                time.sleep(1)
-                short = _missing(wanted, config.workers)
-        finally:
+    try:
+        while True:
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            wanted = worker_resources(config, nodes)
+            room = sum(_room(node, wanted) for node in nodes)
+            if room >= config.workers:
+                return wanted
+            if time.monotonic() >= deadline:
+                break
+            request_resources(bundles=[wanted] * config.workers)  # an autoscaler adds nodes only on demand
+            time.sleep(1)
+    finally:
+        if config.wait_for_nodes:
             request_resources(bundles=[])
-    if short:
-        raise UsageError(
-            f"{short}; lower compute.workers or compute.cpus_per_worker, add nodes, "
-            "or let them join with compute.wait_for_nodes"
-        )
+    each = " + ".join(f"{amount:g} {kind}" for kind, amount in wanted.items())
+    raise UsageError(
+        f"{config.workers} worker(s) of {each} are wanted and the cluster's {len(nodes)} node(s) hold {room}; "
+        "lower compute.workers or compute.cpus_per_worker, add nodes, or let them join with compute.wait_for_nodes"
+    )
 
 
-def _missing(wanted: dict[str, float], workers: int) -> str:
-    have = ray.cluster_resources()
-    for kind, amount in wanted.items():
-        if amount * workers > have.get(kind, 0):
-            return (
-                f"{workers} worker(s) of {amount:g} {kind} need {amount * workers:g} {kind}, "
-                f"the cluster has {have.get(kind, 0):g}"
-            )
-    return ""
+def worker_resources(config: ComputeConfig, nodes: list[dict[str, float]]) -> dict[str, float]:
+    """CPU and GPU of one worker, as the config asks and the nodes allow.
+
+    Args:
+        config: `cpus_per_worker` unset takes the largest equal share with which all workers find a node.
+        nodes: each node's resources.
+    """
+    gpu = config.device == "cuda" or (
+        config.device == "auto" and any(node.get("GPU", 0) >= 1 for node in nodes)
+    )
+    base = {"GPU": 1.0} if gpu else {}
+    if config.cpus_per_worker:
+        return {"CPU": float(config.cpus_per_worker), **base}
+    for share in range(int(max((node.get("CPU", 0) for node in nodes), default=1)), 1, -1):
+        wanted = {"CPU": float(share), **base}
+        if sum(_room(node, wanted) for node in nodes) >= config.workers:
+            return wanted
+    return {"CPU": 1.0, **base}
+
+
+def _room(node: dict[str, float], wanted: dict[str, float]) -> int:
+    return min(int(node.get(kind, 0) // amount) for kind, amount in wanted.items())

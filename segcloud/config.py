@@ -24,6 +24,10 @@ from segcloud.errors import UsageError
 Size3 = tuple[int, int, int]
 
 
+PLACES = {"data": ("uri", "datalist"), "prepare": ("uri", "cache_dir"), "run": ("uri",)}
+"""Fields that name storage: made absolute where they are local paths, and no part of a model."""
+
+
 class ConfigError(UsageError):
     """The config has an unknown key or a bad value; the message holds one line per problem."""
 
@@ -134,7 +138,9 @@ class ModelConfig(Section):
         True,
         description="batch statistics over all workers, so that the number of workers changes nothing",
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="dropout probability; its masks differ with the number of workers"
+    )
 
     @model_validator(mode="after")
     def _levels(self) -> "ModelConfig":
@@ -257,6 +263,14 @@ class Config(Section):
                     f"the product of model.strides; nearest: "
                     f"{[max(1, round(s / self.model.stride)) * self.model.stride for s in size]}"
                 )
+        if (
+            self.model.norm == "instance"
+            and min(*self.train.roi_size, *self.validation.roi_size) <= self.model.stride
+        ):
+            raise ValueError(
+                f"roi_size {self.model.stride} leaves one voxel at the bottom of the network, which instance norm "
+                f"cannot normalise; use at least {2 * self.model.stride}, or model.norm=batch"
+            )
         if self.train.batch_size % self.compute.workers:
             raise ValueError(
                 f"train.batch_size {self.train.batch_size} cannot be shared equally by compute.workers "
@@ -325,6 +339,11 @@ def load_config(path: str | None, overrides: Iterable[str] = ()) -> Config:
             _set(values, key.strip().split("."), yaml.safe_load(text))
         except yaml.YAMLError:
             raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
+    for section, names in PLACES.items():
+        for name in names:
+            place = values.get(section, {}).get(name) if isinstance(values.get(section), dict) else None
+            if isinstance(place, str) and place:
+                values[section][name] = storage.absolute(place)  # workers have other working directories
     return from_dict(values, origin=storage.name(path) if path else "config")
 
 

@@ -4,6 +4,8 @@ Every job prints a :class:`SegcloudError` as one line, without a traceback, and 
 anything else is a bug in segcloud and keeps its traceback.
 """
 
+import traceback
+
 EXIT_OK = 0
 EXIT_FAILED = 1
 """The job could not do its work (storage unreachable, training diverged, worker lost too often)."""
@@ -23,3 +25,10 @@ class UsageError(SegcloudError):
     """The command line, the config or the dataset does not allow the job to start."""
 
     exit_code = EXIT_USAGE
+
+
+def describe_failure(error: Exception) -> str:
+    """One line for an unforeseen error on one scan: what, and where in the code."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return f"{what} (in {where.name}, line {where.lineno}); report this scan's header and shape"

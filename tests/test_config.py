@@ -1,5 +1,7 @@
 """The config: one order of precedence, every field documented, every mistake named with the way out."""
 
+from pathlib import Path
+
 import pytest
 
 from segcloud.config import Config, ConfigError, describe_fields, fields, from_dict, load_config
@@ -24,6 +26,7 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path):
         ("train.loss=dicee", "train.loss: Input should be 'dice' or 'dice_ce'"),
         ("train.roi_size=[90, 96, 96]", "train.roi_size [90, 96, 96]: every edge must be a multiple of 16"),
         ("compute.workers=3", "train.batch_size 8 cannot be shared equally by compute.workers 3"),
+        ("model={norm: instance, channels: [8, 16], strides: [96]}", "use at least 192, or model.norm=batch"),
         ("model.strides=[2]", "5 channels need 4 strides, got 1"),
         ("prepare.window=[100, -100]", "prepare.window: needs (low, high) in HU"),
         ("prepare.orientation=RAR", "prepare.orientation: needs three axis codes"),
@@ -108,3 +111,10 @@ def test_article_config_resolves_to_the_articles_values():
         4,
     )
     assert (config.data.split.kind, config.data.split.n, config.data.labels) == ("last_n", 9, {"spleen": 1})
+
+
+def test_local_places_become_absolute_and_buckets_stay():
+    config = load_config(None, ["data.uri=scans", "run.uri=s3://b/runs/a", "prepare.cache_dir=cache"])
+    assert config.data.uri == str(Path("scans").absolute())
+    assert config.prepare.cache_dir == str(Path("cache").absolute())
+    assert config.run.uri == "s3://b/runs/a"

@@ -4,6 +4,7 @@ Two layouts under one URI: the Medical Decathlon's (``imagesTr/``, ``labelsTr/``
 a MONAI-style datalist JSON. Case ids come from file names, made safe as object keys.
 """
 
+import contextlib
 import hashlib
 import json
 import random
@@ -17,6 +18,9 @@ from segcloud.config import DataConfig, SplitConfig
 from segcloud.data.nifti import SUFFIXES, stem
 from segcloud.errors import EXIT_INCOMPLETE, UsageError
 
+MASK_SUFFIX = "_seg.nii.gz"
+"""What inference appends to a case's name."""
+
 
 class DatasetError(UsageError):
     """The dataset as a whole cannot be used: no cases, a bad datalist, or a split with an empty side."""
@@ -27,7 +31,8 @@ class Case:
     """One scan and, for training, its label map.
 
     Attributes:
-        id: pseudonymous name, unique in the dataset, safe as an object key.
+        id: the file's name made safe as an object key, unique in the dataset. It appears in outputs and logs:
+            files must be named pseudonymously.
         image: URI of the image.
         label: URI of the label map; None for scans to segment.
         patient: scans of one patient stay on one side of a split.
@@ -97,24 +102,43 @@ def safe_id(text: str) -> str:
     return f"{safe}-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
-def find_images(uri: str) -> list[Case]:
+def find_images(uri: str, output: str | None = None) -> list[Case]:
     """Every NIfTI volume below a URI, or the one file it names, as cases without labels.
+
+    Args:
+        uri: a folder, a prefix or one file. Hidden files are passed over.
+        output: where results go; what lies there is no input, save where it is the input's own folder.
 
     Raises:
         DatasetError: there is none.
         StorageError: the place cannot be listed.
     """
-    found = [info.uri for info in storage.list_objects(uri, suffix=SUFFIXES)]
-    if not found:
-        raise DatasetError(f"{uri}: no .nii.gz or .nii file found; check the URI, or ingest DICOM first")
-    folder = storage.parent(uri) if found == [uri] else uri
-    names = [stem(image.removeprefix(folder).strip("/")) for image in found]
-    # the same file name in two folders must not become one case: then the path names it
-    leaves = [name.rsplit("/", 1)[-1] for name in names]
-    names = names if len(set(leaves)) < len(leaves) else leaves
-    return [
-        Case(id=safe_id(name), image=image, patient=name) for name, image in zip(names, found, strict=True)
+    own = output if output and output.rstrip("/") != uri.rstrip("/") else None
+    found = [
+        image
+        for image in _volumes(uri)
+        if not (own and image.startswith(own.rstrip("/") + "/")) and not (output and _is_mask(image))
     ]
+    if not found:
+        raise DatasetError(f"{uri}: no .nii.gz or .nii file found; check the URI, or convert DICOM first")
+    folder = storage.parent(uri) if found == [uri] else uri
+    paths = [image.removeprefix(folder).strip("/") for image in found]
+    # names must not become one case: the shortest of file name, path and path with suffix that tells them apart
+    for name_of in (lambda p: stem(storage.name(p)), stem, str):
+        names = [name_of(path) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return [Case(safe_id(name), image, patient=name) for name, image in zip(names, found, strict=True)]
+
+
+def _is_mask(uri: str) -> bool:
+    return storage.name(uri).endswith(MASK_SUFFIX)
+
+
+def _volumes(uri: str) -> list[str]:
+    """URIs of the volumes below a place; macOS archives bring a hidden ``._name`` beside each."""
+    found = storage.list_objects(uri, suffix=SUFFIXES)
+    return [info.uri for info in found if not storage.name(info.uri).startswith(".")]
 
 
 def load_dataset(config: DataConfig) -> Dataset:
@@ -139,27 +163,36 @@ def load_dataset(config: DataConfig) -> Dataset:
     return dataset
 
 
-def _by_stem(uri: str) -> dict[str, str]:
-    try:
-        objects = list(storage.list_objects(uri, suffix=SUFFIXES))
-    except storage.NotFoundError:
-        return {}
-    return {stem(storage.name(o.uri)): o.uri for o in objects if not storage.name(o.uri).startswith(".")}
-
-
 def _from_decathlon(uri: str) -> Dataset:
     if not storage.is_s3(uri) and not any(True for _ in storage.list_objects(uri)):
         return Dataset([])
-    images, labels = _by_stem(storage.join(uri, "imagesTr")), _by_stem(storage.join(uri, "labelsTr"))
-    cases = [Case(safe_id(n), images[n], labels[n], patient=n) for n in sorted(images.keys() & labels.keys())]
-    verdicts = [
-        Verdict(safe_id(n), "no_label", "image without a label; add labelsTr/ of the same name", images[n])
-        for n in sorted(images.keys() - labels.keys())
-    ] + [
-        Verdict(safe_id(n), "no_image", "label without an image; add imagesTr/ of the same name", labels[n])
-        for n in sorted(labels.keys() - images.keys())
-    ]
-    return Dataset(cases, verdicts)
+    sides = {side: _by_path(storage.join(uri, side)) for side in ("imagesTr", "labelsTr")}
+    dataset = Dataset([])
+    for name in sorted(sides["imagesTr"].keys() | sides["labelsTr"].keys()):
+        images, labels = sides["imagesTr"].get(name, []), sides["labelsTr"].get(name, [])
+        case = safe_id(name)
+        if len(images) == len(labels) == 1:
+            dataset.cases.append(Case(case, images[0], labels[0], patient=name))
+        elif len(images) > 1 or len(labels) > 1:
+            doubled = (images if len(images) > 1 else labels)[1]
+            message = "both .nii and .nii.gz of one name; remove one of the two"
+            dataset.verdicts.append(Verdict(case, "two_files", message, doubled))
+        elif images:
+            message = "image without a label; add labelsTr/ of the same name"
+            dataset.verdicts.append(Verdict(case, "no_label", message, images[0]))
+        else:
+            message = "label without an image; add imagesTr/ of the same name"
+            dataset.verdicts.append(Verdict(case, "no_image", message, labels[0]))
+    return dataset
+
+
+def _by_path(uri: str) -> dict[str, list[str]]:
+    """Path below the folder, without suffix → the volumes of that name."""
+    found: dict[str, list[str]] = {}
+    with contextlib.suppress(storage.NotFoundError):
+        for volume in _volumes(uri):
+            found.setdefault(stem(volume.removeprefix(uri).strip("/")), []).append(volume)
+    return found
 
 
 def _from_datalist(config: DataConfig) -> Dataset:

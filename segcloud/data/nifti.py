@@ -71,7 +71,7 @@ def stem(filename: str) -> str:
 
 
 def decode(data: bytes) -> Volume:
-    """Decode the bytes of a ``.nii`` or ``.nii.gz`` file.
+    """Decode the bytes of a ``.nii`` or ``.nii.gz`` file; trailing axes of length 1 are dropped.
 
     Raises:
         BadScan: empty, truncated or damaged file, not NIfTI, not 3D, not numeric, or a singular affine.
@@ -178,11 +178,10 @@ def encode_mask(mask: np.ndarray, source: Volume) -> bytes:
         raise ValueError(f"mask {mask.shape} is not on the source's grid {source.array.shape}")
     image = nib.Nifti1Image(mask.astype(np.uint8, copy=False), source.affine)
     header = image.header
-    for field in ("pixdim", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d"):
+    for field in ("pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d"):
         header[field] = source.header[field]
     for field in ("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"):
         header[field] = source.header[field]
-    header.set_xyzt_units(*source.header.get_xyzt_units())
     header["scl_slope"], header["scl_inter"] = 1, 0
     # level 1 of isal: 23 times faster than gzip -6 for 6 % more bytes; mtime 0 keeps equal masks byte-equal
     return igzip.compress(image.to_bytes(), compresslevel=1, mtime=0)

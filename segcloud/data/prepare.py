@@ -9,6 +9,7 @@ from segcloud.config import Config
 from segcloud.data.cases import Case, Verdict
 from segcloud.data.nifti import BadScan
 from segcloud.data.prepared import PreparedRef, PreparedStore, key
+from segcloud.errors import SegcloudError, describe_failure
 from segcloud.progress import Progress
 
 STAT_THREADS = 16
@@ -95,14 +96,11 @@ def _make(
 def _result(done: ray.ObjectRef, case: Case) -> PreparedRef | Verdict:
     try:
         return ray.get(done)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None  # a SegcloudError of the store: nothing that leaving the case out would mend
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
-        kind = type(error).__name__
-        return Verdict(
-            case.id,
-            "worker_died",
-            f"preparing it killed its worker ({kind}); give the nodes more memory",
-            case.image,
-        )
+        message = f"preparing it killed its worker ({type(error).__name__}); give the nodes more memory"
+        return Verdict(case.id, "worker_died", message, case.image)
 
 
 @ray.remote(num_cpus=1, max_retries=2)
@@ -113,7 +111,9 @@ def _publish(store: PreparedStore, case: Case, name: str, config: dict) -> Prepa
     try:
         return store.publish(case, name, Config.model_validate(config))
     except BadScan as bad:
-        uri = case.label if bad.code.startswith(("label", "empty_label", "grid")) else case.image
-        return Verdict(case.id, bad.code, bad.message, uri or case.image)
-    except (storage.NotFoundError, storage.AccessDeniedError, storage.CorruptError) as error:
-        return Verdict(case.id, "unreadable", str(error), case.image)
+        of_label = bad.code.startswith(("label", "empty_label", "grid"))
+        return Verdict(case.id, bad.code, bad.message, (case.label if of_label else None) or case.image)
+    except SegcloudError:
+        raise
+    except Exception as error:  # a bug or lack of memory on one case must not hide the verdicts of the others
+        return Verdict(case.id, "failed", describe_failure(error), case.image)

@@ -5,13 +5,16 @@ flat indices of the organ voxels for class-balanced sampling, and the geometry t
 reads its own pages and nothing else, and all workers of a node share the page cache.
 
 Two tiers: the shared store (object storage or a folder, keyed by source, transform config and code version)
-and a node-local copy of at most ``prepare.cache_gb``, oldest use first out.
+and a node-local copy of at most ``prepare.cache_gb``, which drops the volumes of other runs, oldest use first.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
+import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,6 +33,8 @@ from segcloud.errors import SegcloudError
 SUFFIX = ".safetensors"
 MAX_FOREGROUND = 1_000_000
 """Organ voxels kept for sampling; a larger organ is thinned evenly, which changes no class's share."""
+ABANDONED_S = 24 * 3600
+_MAKING = ".making-"
 _DTYPES = {"F16": np.float16, "U8": np.uint8, "I32": np.int32}
 
 
@@ -119,10 +124,11 @@ def write(path: Path, prepared: transforms.Prepared, dtype: str, source: dict[st
         source: provenance to keep in the file.
     """
     assert prepared.label is not None  # noqa: S101 - for the type checker
+    # C order throughout: an oriented array may be a transposed view, and safetensors writes the buffer as it lies
     if dtype == "uint8":
-        image = np.rint(np.clip(prepared.image, 0, 1) * 255).astype(np.uint8)
+        image = np.rint(np.clip(prepared.image, 0, 1) * 255).astype(np.uint8, order="C")
     else:
-        image = prepared.image.astype(np.float16)
+        image = prepared.image.astype(np.float16, order="C")
     foreground = np.flatnonzero(prepared.label)
     if len(foreground) > MAX_FOREGROUND:
         foreground = foreground[np.linspace(0, len(foreground) - 1, MAX_FOREGROUND).astype(np.int64)]
@@ -132,10 +138,27 @@ def write(path: Path, prepared: transforms.Prepared, dtype: str, source: dict[st
         if name in ("affine", "source_shape", "source_affine", "box")
     }
     save_file(
-        {"image": image, "label": prepared.label, "foreground": foreground.astype(np.int32)},
+        {
+            "image": image,
+            "label": np.ascontiguousarray(prepared.label),
+            "foreground": foreground.astype(np.int32),
+        },
         path,
         metadata={"geometry": json.dumps(geometry), "segcloud": __version__, **source},
     )
+
+
+def read_scan(uri: str) -> nifti.Volume:
+    """Read and decode one file.
+
+    Raises:
+        BadScan: it cannot be used; code ``unreadable`` where the store holds it back or has lost it.
+        StorageError: the store cannot be reached at all.
+    """
+    try:
+        return nifti.decode(storage.read(uri))
+    except (storage.NotFoundError, storage.AccessDeniedError, storage.CorruptError) as error:
+        raise BadScan("unreadable", str(error)) from None
 
 
 class PreparedStore:
@@ -148,9 +171,27 @@ class PreparedStore:
 
     def __init__(self, uri: str, config: PrepareConfig):
         self.uri = uri
-        default = os.environ.get("SEGCLOUD_CACHE") or Path.home() / ".cache" / "segcloud"
-        self.cache = Path(config.cache_dir or default) / "prepared"
+        self._cache_dir = config.cache_dir
         self.budget = int(config.cache_gb * 1e9)
+
+    @property
+    def cache(self) -> Path:
+        """This node's folder: asked for where it is used, since nodes differ in environment and disks."""
+        default = os.environ.get("SEGCLOUD_CACHE") or Path.home() / ".cache" / "segcloud"
+        return Path(self._cache_dir or default) / "prepared"
+
+    def check_budget(self, refs: Iterable[PreparedRef]) -> None:
+        """Refuse a dataset whose node-local copy would pass the budget: workers keep all of it mapped.
+
+        Raises:
+            CacheFullError: names the size and the field to raise.
+        """
+        size = sum(ref.size for ref in refs)
+        if storage.is_s3(self.uri) and size > self.budget:
+            raise CacheFullError(
+                f"the prepared volumes of this run fill {size / 1e9:.2f} GB on each node, the budget is "
+                f"{self.budget / 1e9:.2f} GB; raise prepare.cache_gb, or store them as prepare.dtype=uint8"
+            )
 
     def existing(self) -> dict[str, int]:
         """File name → size of every prepared volume in the shared store."""
@@ -164,19 +205,18 @@ class PreparedStore:
         """Read, check, transform and store one case.
 
         Raises:
-            BadScan: the case cannot be used.
-            StorageError: the sources cannot be read or the result not written.
+            BadScan: the case cannot be used, its files cannot be read.
+            StorageError: the store cannot be reached or written.
         """
         assert case.label  # noqa: S101 - for the type checker
-        image_data, label_data = storage.read(case.image), storage.read(case.label)
-        image = nifti.decode(image_data)
+        image = read_scan(case.image)
         try:
-            label = nifti.decode(label_data)
+            label = read_scan(case.label)
         except BadScan as bad:
             raise BadScan(f"label_{bad.code}", f"the label map: {bad.message}") from None
         prepared = transforms.prepare(image, label, config.prepare, config.data.labels)
         self.cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.cache, prefix=".making-") as folder:
+        with tempfile.TemporaryDirectory(dir=self.cache, prefix=_MAKING) as folder:
             path = Path(folder) / name
             write(path, prepared, config.prepare.dtype, {"source": case.image, "label": case.label})
             info = storage.put(path, storage.join(self.uri, name))
@@ -204,17 +244,27 @@ class PreparedStore:
             return PreparedVolume(path)  # mapped under the lock: an eviction from now on takes only the name
 
     def _make_room(self, size: int) -> None:
-        files = sorted(self.cache.glob(f"*{SUFFIX}"), key=lambda p: p.stat().st_mtime)
-        held = sum(p.stat().st_size for p in files)
-        free = shutil.disk_usage(self.cache).free
-        while files and (held + size > self.budget or free < size):
-            oldest = files.pop(0)
-            taken = oldest.stat().st_size
-            oldest.unlink(missing_ok=True)
-            held, free = held - taken, free + taken
-        if size > self.budget or free < size:
-            raise CacheFullError(
-                f"{self.cache}: no room for a prepared volume of {size / 1e9:.2f} GB "
-                f"(budget {self.budget / 1e9:.1f} GB, disk free {free / 1e9:.1f} GB); "
-                "raise prepare.cache_gb, or point prepare.cache_dir to a larger disk"
-            )
+        """Evict the least recently used volumes of other runs until `size` bytes fit budget and disk."""
+        with FileLock(self.cache / ".evict.lock"):
+            self._remove_abandoned()
+            files = sorted(self.cache.glob(f"*{SUFFIX}"), key=lambda p: p.stat().st_mtime)
+            held = sum(p.stat().st_size for p in files)
+            while files and (held + size > self.budget or self._free() < size):
+                held -= files[0].stat().st_size
+                files.pop(0).unlink()
+            if held + size > self.budget or self._free() < size:
+                raise CacheFullError(
+                    f"{self.cache}: no room for a prepared volume of {size / 1e9:.2f} GB "
+                    f"(budget {self.budget / 1e9:.2f} GB, disk free {self._free() / 1e9:.2f} GB); "
+                    "raise prepare.cache_gb, or point prepare.cache_dir to a larger disk"
+                )
+
+    def _free(self) -> int:
+        return shutil.disk_usage(self.cache).free
+
+    def _remove_abandoned(self) -> None:
+        """Remove what killed tasks left behind."""
+        for folder in self.cache.glob(f"{_MAKING}*"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - folder.stat().st_mtime > ABANDONED_S:
+                    shutil.rmtree(folder, ignore_errors=True)

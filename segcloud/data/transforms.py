@@ -14,7 +14,7 @@ from monai.transforms import Compose, CropForegroundd, Orientationd, ScaleIntens
 from segcloud.config import PrepareConfig
 from segcloud.data.nifti import BadScan, Volume, onto_grid
 
-VERSION = 1
+VERSION = 2
 """Part of every prepared volume's key: raise it when the result of these transforms changes."""
 
 NOT_CT_ABOVE = -150
@@ -108,7 +108,8 @@ def prepare(volume: Volume, label: Volume | None, config: PrepareConfig, labels:
     """Bring a scan, and its label map where there is one, onto the network's grid.
 
     Raises:
-        BadScan: not a CT, an unusable label map, grids that differ, or nothing inside the window.
+        BadScan: not a CT, an unusable label map, grids that differ, axes that are not perpendicular, or nothing
+            inside the window.
     """
     check_ct(volume.array)
     data = {"image": _tensor(volume.array.astype(np.float32), volume.affine)}
@@ -121,7 +122,7 @@ def prepare(volume: Volume, label: Volume | None, config: PrepareConfig, labels:
     shape = volume.array.shape
     start = np.asarray(done.get("foreground_start_coord", (0, 0, 0)), dtype=int)
     end = np.asarray(done.get("foreground_end_coord", shape), dtype=int)
-    return Prepared(
+    prepared = Prepared(
         image=done["image"][0].numpy(),
         label=done["label"][0].numpy().astype(np.uint8) if label is not None else None,
         affine=np.asarray(done["image"].affine, dtype=np.float64),
@@ -129,6 +130,26 @@ def prepare(volume: Volume, label: Volume | None, config: PrepareConfig, labels:
         source_affine=volume.affine,
         box=np.stack([start, end]),
     )
+    _axes(prepared)  # MONAI's respacing drops a shear: find out now, not after the network has run
+    return prepared
+
+
+def _axes(geometry: Prepared) -> tuple[np.ndarray, np.ndarray]:
+    """The 4×4 map from source to prepared voxel indices, and the source axis that each prepared axis follows.
+
+    Raises:
+        BadScan: code ``sheared``; the grids' axes are not parallel to within half a voxel.
+    """
+    matrix = np.linalg.inv(geometry.affine) @ geometry.source_affine
+    axis_of = np.abs(matrix[:3, :3]).argmax(axis=1)
+    stray = np.abs(matrix[:3, :3]) * geometry.source_shape
+    stray[range(3), axis_of] = 0
+    if sorted(axis_of) != [0, 1, 2] or stray.max() > 0.5:
+        raise BadScan(
+            "sheared",
+            "the scan's axes are not perpendicular (gantry tilt?); resample it to an orthogonal grid",
+        )
+    return matrix, axis_of
 
 
 def _tensor(array: np.ndarray, affine: np.ndarray) -> MetaTensor:
@@ -152,14 +173,9 @@ def to_source(scores: torch.Tensor, geometry: Prepared) -> np.ndarray:
     Returns:
         uint8 array of the source's shape.
     """
-    # prepared index = linear @ source index + offset: orientation and spacing keep axes parallel, so
-    # each prepared axis depends on one source axis and the interpolation separates
-    matrix = np.linalg.inv(geometry.affine) @ geometry.source_affine
-    axis_of = np.abs(matrix[:3, :3]).argmax(axis=1)
-    off_axis = np.abs(matrix[:3, :3]).copy()
-    off_axis[range(3), axis_of] = 0
-    if sorted(axis_of) != [0, 1, 2] or off_axis.max() > 1e-3:
-        raise ValueError("prepared and source grids are not parallel")
+    # orientation and spacing keep axes parallel: each prepared axis depends on one source axis, and the
+    # interpolation separates
+    matrix, axis_of = _axes(geometry)
     order = [
         int(np.flatnonzero(axis_of == axis)[0]) for axis in range(3)
     ]  # prepared axis of each source axis

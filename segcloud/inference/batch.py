@@ -5,7 +5,6 @@ mask is one object, put whole, so that a killed job leaves no partial one.
 """
 
 import json
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,14 +17,20 @@ import torch
 from segcloud import __version__, cluster, storage
 from segcloud.config import ComputeConfig
 from segcloud.data import nifti
-from segcloud.data.cases import Case, Verdict, find_images
+from segcloud.data.cases import MASK_SUFFIX, Case, Verdict, find_images
 from segcloud.data.nifti import BadScan
+from segcloud.errors import SegcloudError, describe_failure
 from segcloud.evaluation.metrics import volume_ml
 from segcloud.inference.predictor import Predictor
 from segcloud.model.checkpoint import Model, load_model
 from segcloud.progress import Progress
 
-MASK_SUFFIX = "_seg.nii.gz"
+ACTOR_RESTARTS = 2
+"""Starts of an actor again, after which a scan that kills it ends the job."""
+
+
+class InferenceError(SegcloudError):
+    """The batch stopped before its end."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,13 @@ def infer(model_uri: str, input_uri: str, output_uri: str, compute: ComputeConfi
         UsageError: no input, or the cluster is too small.
         ModelError: the model cannot be loaded.
         StorageError: input or output cannot be reached.
+        InferenceError: actors cannot start, or die again and again.
     """
-    wanted = cluster.resources(compute)
-    cluster.require_capacity(wanted, compute)
+    model_uri, input_uri, output_uri = map(storage.absolute, (model_uri, input_uri, output_uri))
+    cluster.refuse_temporary(output_uri)
+    wanted = cluster.acquire(compute)
     model = load_model(model_uri)  # fail here rather than in every actor
-    cases = find_images(input_uri)
+    cases = find_images(input_uri, output_uri)
     storage.check_writable(output_uri)
     print(
         f"model: {model.uri} ({_describe(model)})\ninfer: {len(cases)} volume(s), {compute.workers} actor(s)",
@@ -66,17 +73,28 @@ def infer(model_uri: str, input_uri: str, output_uri: str, compute: ComputeConfi
     )
     rows, verdicts = [], []
     with Progress("infer", len(cases), "case") as progress:
-        for row in _run(cases, model.uri, output_uri, compute.workers, wanted):
-            if row["code"]:
-                verdicts.append(Verdict(row["case"], row["code"], row["message"], row["image"]))
-                progress.line(verdicts[-1].line())
-            else:
-                rows.append(json.loads(row["result"]))
-            progress.advance(note=row["case"])
+        try:
+            for row in _run(cases, model.uri, output_uri, compute.workers, wanted):
+                if row["code"]:
+                    verdicts.append(Verdict(row["case"], row["code"], row["message"], row["image"]))
+                    progress.line(verdicts[-1].line())
+                else:
+                    rows.append(json.loads(row["result"]))
+                progress.advance(note=row["case"])
+        except ray.exceptions.RayError as error:
+            raise InferenceError(
+                f"inference stopped after {progress.done} of {len(cases)} case(s): {_reason(error)}; the masks so far "
+                "are whole; check the workers' memory and AWS settings (--verbose shows their output), then run again"
+            ) from error
     order = {case.id: i for i, case in enumerate(cases)}
     return InferResult(
         sorted(rows, key=lambda r: order[r["case"]]), sorted(verdicts, key=lambda v: order[v.case])
     )
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
 
 
 def _describe(model: Model) -> str:
@@ -108,6 +126,9 @@ def _run(
         num_gpus=wanted.get("GPU"),
         compute=ray.data.ActorPoolStrategy(min_size=workers, max_size=workers),
         udf_modifying_row_count=False,
+        # a scan that kills its actor would be tried without end: Ray Data's default is to retry for ever
+        max_restarts=ACTOR_RESTARTS,
+        max_task_retries=ACTOR_RESTARTS,
     ).iter_rows()
 
 
@@ -131,11 +152,7 @@ class _Segmenter:
         except storage.StorageError as error:
             code, message = "storage", str(error)
         except Exception as error:  # a bug or lack of memory on one scan must not stop the batch
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            code = "failed"
-            message = (
-                f"{type(error).__name__}: {error} ({where.name}:{where.lineno}); report this scan's header"
-            )
+            code, message = "failed", describe_failure(error)
         return {"case": [case], "image": [image], "code": [code], "message": [message], "result": [result]}
 
     def _segment(self, case: str, image: str) -> dict[str, Any]:

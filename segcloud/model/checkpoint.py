@@ -23,7 +23,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from segcloud import __version__, storage
-from segcloud.config import Config, from_dict
+from segcloud.config import PLACES, Config, from_dict
 from segcloud.errors import SegcloudError
 from segcloud.model.network import build_network
 
@@ -130,17 +130,22 @@ def load_latest(run_uri: str, tell: Callable[[str], None]) -> dict[str, Any] | N
     return None
 
 
-def encode_model(network: nn.Module, config: Config, info: Mapping[str, Any]) -> bytes:
+def encode_model(weights: Mapping[str, torch.Tensor], config: Config, info: Mapping[str, Any]) -> bytes:
     """The bytes of a model file.
 
     Args:
-        network: not wrapped in DDP.
-        config: kept whole in the header, so that inference prepares scans as training did.
+        weights: the network's state, on the CPU.
+        config: kept in the header, so that inference prepares scans as training did; without the places of
+            data and run, which are nobody's business where the model goes.
         info: epoch, Dice and the like; JSON-compatible.
     """
-    weights = {name: t.detach().cpu().contiguous().clone() for name, t in network.state_dict().items()}
-    header = {"config": config.to_dict(), "info": dict(info), "version": __version__}
-    return save(weights, metadata={"segcloud": json.dumps(header)})
+    kept = config.to_dict()
+    for section, names in PLACES.items():
+        for name in names:
+            kept[section].pop(name)
+    header = {"config": kept, "info": dict(info), "version": __version__}
+    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+    return save(tensors, metadata={"segcloud": json.dumps(header)})
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,30 @@ from segcloud.storage.errors import (
 )
 from segcloud.storage.local import LocalFile, temporary
 from segcloud.storage.s3 import s3_client
-from segcloud.storage.uri import HIDDEN, PROBE, ObjectInfo, check_key, is_s3, join, local_path, name, parent
+from segcloud.storage.uri import (
+    HIDDEN,
+    PROBE,
+    ObjectInfo,
+    absolute,
+    check_key,
+    is_s3,
+    join,
+    local_path,
+    name,
+    parent,
+)
 
 __all__ = ["AccessDeniedError", "AlreadyExistsError", "BucketMissingError", "CorruptError", "NotFoundError"]
-__all__ += ["ObjectInfo", "StorageError", "UnreachableError", "check_writable", "delete", "fetch", "is_s3"]
+__all__ += [
+    "ObjectInfo",
+    "StorageError",
+    "UnreachableError",
+    "absolute",
+    "check_writable",
+    "delete",
+    "fetch",
+    "is_s3",
+]
 __all__ += ["join", "list_objects", "local_path", "name", "open_read", "parent", "put", "put_json", "read"]
 __all__ += ["read_json", "read_text", "s3_client", "sha256", "stat"]
 

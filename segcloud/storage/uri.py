@@ -42,6 +42,11 @@ def local_path(uri: str) -> Path:
     return Path(path)
 
 
+def absolute(uri: str) -> str:
+    """The same place for processes with other working directories: local paths made absolute."""
+    return uri if is_s3(uri) else str(local_path(uri).absolute())
+
+
 def join(uri: str, *parts: str) -> str:
     """`uri` extended by names or relative paths.
 

@@ -46,6 +46,8 @@ class TrainState:
         epoch: finished epochs.
         history: one row per finished epoch.
         best: the history row of the best validation so far, if any.
+        best_weights: the network's state at that epoch, on the CPU; part of every checkpoint, so that the model
+            published after a resume is the one that the history names.
     """
 
     network: nn.Module
@@ -54,6 +56,7 @@ class TrainState:
     epoch: int = 0
     history: list[Row] = field(default_factory=list)
     best: Row | None = None
+    best_weights: dict[str, torch.Tensor] | None = None
 
     @classmethod
     def create(cls, network: nn.Module, config: Config, device: torch.device) -> "TrainState":
@@ -71,6 +74,7 @@ class TrainState:
             "epoch": self.epoch,
             "history": self.history,
             "best": self.best,
+            "best_weights": self.best_weights,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -78,7 +82,13 @@ class TrainState:
         unwrap(self.network).load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.history, self.best = state["epoch"], state["history"], state["best"]
+        self.epoch, self.history = state["epoch"], state["history"]
+        self.best, self.best_weights = state["best"], state["best_weights"]
+
+    def keep_best(self, row: Row) -> None:
+        """Remember the network as it is now, as the best so far."""
+        weights = unwrap(self.network).state_dict()
+        self.best, self.best_weights = row, {k: v.detach().cpu().clone() for k, v in weights.items()}
 
 
 class PhaseTimer:
@@ -104,13 +114,13 @@ class Hooks:
     Attributes:
         validate: network → {"val_dice", "val_iou", …}; called on every rank, the same result on every rank.
         save: called on rank 0 with the state after an epoch that checkpoints.
-        best: called on rank 0 with the network and the history row when validation is the best so far.
+        best: called on rank 0 with the state when validation is the best so far.
         report: called on every rank with each finished epoch's row.
     """
 
     validate: Callable[[nn.Module], Row]
     save: Callable[[TrainState], None]
-    best: Callable[[nn.Module, Row], None]
+    best: Callable[[TrainState], None]
     report: Callable[[Row, TrainState], None]
 
 
@@ -154,11 +164,12 @@ def fit(state: TrainState, loader: PatchLoader, config: Config, ranks: Ranks, ho
         row = _close_epoch(state, epoch, mean_loss)
         if epoch % config.validation.every == 0 or epoch == recipe.epochs:
             with phase("validate"):
+                ranks.share_buffers(unwrap(state.network))
                 row.update(hooks.validate(unwrap(state.network)))
             if _better(row, state.best):
-                state.best = row
+                state.keep_best(row)
                 if ranks.rank == 0:
-                    hooks.best(unwrap(state.network), row)
+                    hooks.best(state)
         row["seconds"] = time.perf_counter() - started
         row["phases"] = dict(phase.seconds)
         state.history.append(row)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,12 @@ class Ranks:
             values = values.to(self.device)
             dist.all_reduce(values)
         return values
+
+    def share_buffers(self, network: nn.Module) -> None:
+        """Give every rank rank 0's buffers: local batch norms count apart, and one network is to be validated."""
+        if self.world_size > 1:
+            for buffer in network.buffers():
+                dist.broadcast(buffer, src=0)
 
     def gather(self, value: list[Any]) -> list[Any]:
         """The ranks' lists joined, in rank order, on every rank. Small Python objects only."""

@@ -79,16 +79,20 @@ def train(config: Config) -> TrainResult:
     started = time.monotonic()
     if not config.run.uri:
         raise UsageError("run.uri is not set; pass run.uri=s3://bucket/runs/name or a folder")
-    wanted = cluster.resources(config.compute)
-    cluster.require_capacity(wanted, config.compute)
+    cluster.refuse_temporary(config.run.uri, prepared_uri(config))
+    wanted = cluster.acquire(config.compute)
     storage.check_writable(config.run.uri)
+    storage.check_writable(prepared_uri(config))
     dataset = load_dataset(config.data)
+    if not dataset.verdicts:
+        split_cases(dataset.cases, config.data.split)  # a split that cannot work fails before the preparing
     refs, found, made = prepare_cases(dataset.cases, config)
     verdicts = admit([*dataset.verdicts, *found], config.data.bad_cases)
     print(f"data: {len(refs)} cases ready, {made} prepared now, {len(verdicts)} left out", flush=True)
     by_case = {ref.case: ref for ref in refs}
     training, validation = split_cases(list(by_case), config.data.split)
     print(f"split: {len(training)} to train, {len(validation)} to validate", flush=True)
+    PreparedStore(prepared_uri(config), config.prepare).check_budget(refs)
     finished = _claim(config, [by_case[c].uri for c in training], [by_case[c].uri for c in validation])
     if finished is None:
         result = _fit(config, [by_case[c] for c in training], [by_case[c] for c in validation], wanted)
@@ -122,18 +126,19 @@ def _claim(config: Config, training: list[str], validation: list[str]) -> dict[s
     """
     marker = storage.join(config.run.uri, "run.json")
     identity = _identity(config, training, validation)
-    if storage.stat(marker) is None:
-        described = {
-            "identity": identity,
-            "digest": digest(identity),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": _versions(),
-        }
+    described = {
+        "identity": identity,
+        "digest": digest(identity),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": _versions(),
+    }
+    try:
+        storage.put_json(described, marker, if_absent=True)  # of two drivers at once, one claims the folder
         text = yaml.safe_dump(config.to_dict(), sort_keys=False)
         storage.put(text.encode(), storage.join(config.run.uri, "config.yaml"))
-        storage.put_json(described, marker)
         return None
-    before = storage.read_json(marker)["identity"]
+    except storage.AlreadyExistsError:
+        before = storage.read_json(marker)["identity"]
     changed = sorted(k for k in {*before, *identity} if before.get(k) != identity.get(k))
     if changed:
         details = "; ".join(f"{k}: {before.get(k)!r} → {identity.get(k)!r}"[:200] for k in changed[:4])
@@ -243,7 +248,7 @@ def _train_worker(payload: dict[str, Any]) -> dict[str, Any]:
     outlet = Outlet(
         line=lambda text: board.post.remote(("line", text)),
         epoch=epoch,
-        resumed=lambda done: board.post.remote(("resumed", done)),
+        resumed=lambda done, best: board.post.remote(("resumed", (done, best))),
     )
     try:
         return run_worker(
@@ -283,7 +288,6 @@ class _Follower:
         self.board, self.config = board, config
         self.progress = Progress("train", config.train.epochs, "epoch")
         self.best: Row | None = None
-        self._restarts = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
 
@@ -301,6 +305,8 @@ class _Follower:
             last = self._stop.wait(POLL_S)
             try:
                 items = ray.get(self.board.drain.remote(), timeout=5)
+            except ray.exceptions.GetTimeoutError:
+                items = []  # a busy machine; the next poll brings them
             except ray.exceptions.RayError:
                 return
             for kind, item in items:
@@ -311,7 +317,8 @@ class _Follower:
     def _line(self, text: str) -> None:
         self.progress.line(text)
 
-    def _resumed(self, done: int) -> None:
+    def _resumed(self, item: tuple[int, Row | None]) -> None:
+        done, self.best = item
         self.progress.line(f"resuming after epoch {done} from the last checkpoint")
         self.progress.start_at(done)
 
@@ -323,7 +330,7 @@ class _Follower:
                 self.best = row
             text += f"  Dice {row['val_dice']:.4f}  IoU {row['val_iou']:.4f}"
             text += f"  best {self.best['val_dice']:.4f} at {self.best['epoch']}"
-        phases = ", ".join(f"{name} {seconds:.2g}" for name, seconds in row["phases"].items())
+        phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in row["phases"].items())
         left = format_seconds((total - row["epoch"]) * row["seconds"])
         self.progress.line(f"{text}  {row['seconds']:.1f} s ({phases})  {left} left")
         self.progress.advance(quiet=True)

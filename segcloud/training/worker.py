@@ -22,7 +22,7 @@ from segcloud.model import checkpoint
 from segcloud.model.network import build_network, synchronise_batch_norm
 from segcloud.report.panels import draw_panel
 from segcloud.training.artefacts import RunRecord
-from segcloud.training.loop import Hooks, Row, TrainState, fit, unwrap
+from segcloud.training.loop import Hooks, Row, TrainState, fit
 from segcloud.training.ranks import Ranks
 from segcloud.training.validation import ValidationCase, score_native, validate
 
@@ -34,12 +34,12 @@ class Outlet:
     Attributes:
         line: a line for the user; called on rank 0 only.
         epoch: each finished epoch's row; called on every rank.
-        resumed: number of epochs found done; called on rank 0 only.
+        resumed: number of epochs found done and the best row among them; called on rank 0 only.
     """
 
     line: Callable[[str], None]
     epoch: Callable[[Row], None]
-    resumed: Callable[[int], None]
+    resumed: Callable[[int, Row | None], None]
 
 
 def run_worker(
@@ -84,12 +84,13 @@ def run_worker(
     checkpoints = checkpoint.CheckpointStore(config.run.uri, config.train.keep_checkpoints, uploader)
     record = RunRecord(config.run.uri, storage.name(config.run.uri))
 
-    target = checkpoint.model_uri(config.run.uri)
-    best_data: list[bytes] = []  # the newest best model, kept until it is known to be stored
+    def model_file(state: TrainState) -> bytes:
+        return checkpoint.encode_model(state.best_weights or {}, config, state.best or {})
 
-    def best(network: nn.Module, row: Row) -> None:
-        best_data[:] = [checkpoint.encode_model(network, config, row)]
-        data = best_data[0]
+    target = checkpoint.model_uri(config.run.uri)
+
+    def best(state: TrainState) -> None:
+        data = model_file(state)
         uploader.submit("the best model", lambda: storage.put(data, target))
 
     def report(row: Row, state: TrainState) -> None:
@@ -110,16 +111,14 @@ def run_worker(
             report=report,
         ),
     )
+    if state.best is None:  # no validation case ever had a defined Dice: the last weights are the best known
+        state.keep_best(state.history[-1])
     if ranks.rank == 0:
-        if (
-            state.best is None
-        ):  # no validation case ever had a defined Dice: the last weights are the best known
-            best(unwrap(state.network), state.history[-1])
         uploader.submit("the learning curves", lambda: record.write(list(state.history), final=True))
         outlet.line("training done; storing the model and scoring it on the native grid")
-    uploader.flush()
-    if uploader.failures and best_data:  # told while training; without its model the run has failed
-        storage.put(best_data[0], target)
+        uploader.flush()
+        # once more and in the foreground: a resumed run, or a failed upload, may have left an older model there
+        storage.put(model_file(state), target)
     ranks.sum(torch.zeros(1))  # wait until rank 0 has stored the model that all ranks load next
     scores = _score(config, mine, ranks)
     return {
@@ -141,7 +140,7 @@ def _resume(state: TrainState, config: Config, ranks: Ranks, outlet: Outlet) -> 
         return
     state.load_state_dict(found[0])
     if ranks.rank == 0:
-        outlet.resumed(state.epoch)
+        outlet.resumed(state.epoch, state.best)
 
 
 def _score(config: Config, mine: list[ValidationCase], ranks: Ranks) -> list[dict[str, Any]]:

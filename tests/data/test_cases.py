@@ -131,6 +131,29 @@ def test_case_ids_are_safe_and_distinct(name):
     assert safe_id(name) != safe_id(name + "!")
 
 
+def test_one_name_in_two_folders_stays_two_pairs(storage_uri):
+    names = [f"{side}/{scan}/ct.nii.gz" for side in ("imagesTr", "labelsTr") for scan in ("s1", "s2")]
+    dataset = load_dataset(DataConfig(uri=_touch(storage_uri, *names[:3])))
+    (case,) = dataset.cases
+    assert (case.image, case.label) == (
+        f"{storage_uri}/imagesTr/s1/ct.nii.gz",
+        f"{storage_uri}/labelsTr/s1/ct.nii.gz",
+    )
+    assert [v.code for v in dataset.verdicts] == ["no_label"]
+
+
+def test_two_files_of_one_name_are_a_verdict(tmp_path):
+    uri = _touch(str(tmp_path), "imagesTr/a.nii.gz", "imagesTr/a.nii", "labelsTr/a.nii.gz")
+    dataset = load_dataset(DataConfig(uri=uri))
+    assert (dataset.cases, [v.code for v in dataset.verdicts]) == ([], ["two_files"])
+
+
+def test_find_images_keeps_both_suffixes_apart_and_passes_over_hidden_files_and_own_masks(tmp_path):
+    uri = _touch(str(tmp_path), "a.nii", "a.nii.gz", "._a.nii.gz", "a_seg.nii.gz", "out/b_seg.nii.gz")
+    assert len({c.id for c in find_images(uri, uri)}) == 2
+    assert len(find_images(uri, f"{uri}/out")) == 2
+
+
 def test_find_images_takes_a_file_a_folder_and_equal_names(tmp_path):
     uri = _touch(str(tmp_path), "x/ct.nii.gz", "y/ct.nii.gz", "z.txt")
     assert len({c.id for c in find_images(uri)}) == 2

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from segcloud import storage
-from segcloud.config import load_config
+from segcloud.config import PrepareConfig, load_config
 from segcloud.data.cases import load_dataset
-from segcloud.data.prepared import CacheFullError, PreparedStore, PreparedVolume, key, write
+from segcloud.data.nifti import BadScan
+from segcloud.data.prepared import CacheFullError, PreparedStore, PreparedVolume, key, read_scan, write
 from segcloud.data.transforms import prepare
 from tests.helpers import overrides, phantom_volumes, tiny_config, write_cases
 
@@ -69,12 +70,15 @@ def test_the_node_that_made_a_volume_does_not_fetch_it(published, monkeypatch):
 
 
 def test_another_node_fetches_once(published, tmp_path, monkeypatch):
-    store, refs = published
-    store.cache = tmp_path / "other"
+    refs, store = published[1], _other_node(published[0], tmp_path)
     fetched, fetch = [], storage.fetch
     monkeypatch.setattr(storage, "fetch", lambda uri, path: fetched.append(uri) or fetch(uri, path))
     assert np.array_equal(store.open(refs[0]).label, store.open(refs[0]).label)
     assert len(fetched) == 1
+
+
+def _other_node(store, tmp_path):
+    return PreparedStore(store.uri, PrepareConfig(cache_dir=str(tmp_path / "other")))
 
 
 def test_the_oldest_use_leaves_first_and_open_maps_stay_readable(published):
@@ -105,6 +109,31 @@ def test_a_damaged_volume_is_not_trained_on(published, tmp_path):
     client = storage.s3_client()
     bucket, _, object_key = refs[0].uri.removeprefix("s3://").partition("/")
     client.put_object(Bucket=bucket, Key=object_key, Body=bytes(data), Metadata=metadata)
-    store.cache = tmp_path / "other"
     with pytest.raises(storage.CorruptError):
-        store.open(refs[0])
+        _other_node(store, tmp_path).open(refs[0])
+
+
+@pytest.mark.parametrize("orientation", ["RAS", "SAR", "RSA", "LSA", "IPL"])
+@pytest.mark.parametrize("dtype", ["float16", "uint8"])
+def test_a_permuted_source_that_needs_no_resampling_is_stored_as_it_is(tmp_path, orientation, dtype):
+    image, label = phantom_volumes(0, spacing=(8, 8, 8), orientation=orientation)
+    config = tiny_config()
+    prepared = prepare(image, label, config.prepare, config.data.labels)
+    write(tmp_path / "v.safetensors", prepared, dtype, {})
+    volume = PreparedVolume(tmp_path / "v.safetensors")
+    assert np.abs(volume.decode() - prepared.image).max() < 0.002
+    assert np.array_equal(volume.label, prepared.label)
+
+
+def test_a_run_that_cannot_be_held_on_a_node_is_refused(published):
+    store, refs = published
+    store.check_budget(refs)
+    store.budget = sum(ref.size for ref in refs) - 1
+    with pytest.raises(CacheFullError, match=r"raise prepare\.cache_gb"):
+        store.check_budget(refs)
+
+
+def test_a_source_that_may_not_be_read_is_a_verdict(tmp_path):
+    with pytest.raises(BadScan) as caught:
+        read_scan(str(tmp_path / "gone.nii.gz"))
+    assert caught.value.code == "unreadable"

@@ -1,5 +1,7 @@
 """The prepared grid is the article's, voxel for voxel, and the way back lands where MONAI's does."""
 
+import dataclasses
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -161,3 +163,17 @@ def test_a_real_mr_is_not_a_ct():
     volume = nifti.decode((REAL_DATA / "spleen_ct" / "example_mr_sm.nii.gz").read_bytes())
     with pytest.raises(BadScan, match="not_ct"):
         prepare(volume, None, PrepareConfig(), SPLEEN)
+
+
+@pytest.mark.parametrize(("degrees", "refused"), [(0.02, False), (1.0, True)])
+def test_a_sheared_scan_is_a_verdict_before_the_network_runs(degrees, refused):
+    image, _ = phantom_volumes(0, spacing=(6, 6, 6), orientation="RAS")
+    tilt = np.eye(4)
+    tilt[1, 2] = np.tan(np.radians(degrees))
+    sheared = dataclasses.replace(image, affine=tilt @ image.affine)
+    if not refused:
+        prepare(sheared, None, PrepareConfig(), SPLEEN)
+        return
+    with pytest.raises(BadScan) as caught:
+        prepare(sheared, None, PrepareConfig(), SPLEEN)
+    assert caught.value.code == "sheared"

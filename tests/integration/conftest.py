@@ -140,20 +140,21 @@ def cluster(s3: EmbeddedS3) -> Iterator[Cluster]:
         shutil.rmtree(temp, ignore_errors=True)
 
 
-def _kill_matching(title: str) -> int:
+def _kill_matching(title: str, cluster: Cluster) -> int:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                environment = (entry / "environ").read_bytes()
             except OSError:
                 continue
-            if title in command:
+            if title in command and str(cluster.temp).encode() in environment:
                 os.kill(int(entry.name), signal.SIGKILL)
                 return int(entry.name)
     raise AssertionError(f"no process {title!r} to kill")
 
 
 @pytest.fixture
-def kill() -> Callable[[str], int]:
-    """SIGKILL one process whose title holds a text; returns its pid."""
-    return _kill_matching
+def kill(cluster: Cluster) -> Callable[[str], int]:
+    """SIGKILL one process of the test cluster whose title holds a text; returns its pid."""
+    return lambda title: _kill_matching(title, cluster)

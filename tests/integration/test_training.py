@@ -138,7 +138,7 @@ def test_a_cluster_too_small_is_refused_at_once(cluster, dataset):
     config = _config(dataset, "too-small", workers=4)
     job = cluster.train(config)
     assert job.finish() == 2
-    assert "4 worker(s) of 1 CPU need 4 CPU, the cluster has 2" in job.lines[-1]
+    assert "4 worker(s) of 1 CPU are wanted and the cluster's 1 node(s) hold 2" in job.lines[-1]
 
 
 def test_infer_writes_masks_beside_verdicts(cluster, dataset, reference, tmp_path):

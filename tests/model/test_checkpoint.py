@@ -98,12 +98,21 @@ def config():
 def test_a_model_comes_back_with_its_config(run_uri, config):
     torch.manual_seed(0)
     network = build_network(config)
-    storage.put(checkpoint.encode_model(network, config, {"epoch": 3}), checkpoint.model_uri(run_uri))
+    storage.put(
+        checkpoint.encode_model(network.state_dict(), config, {"epoch": 3}), checkpoint.model_uri(run_uri)
+    )
     model = checkpoint.load_model(run_uri)
     x = torch.randn(1, 1, 16, 16, 16)
     assert torch.equal(model.network(x), network.eval()(x))
     assert (model.config, model.info) == (config, {"epoch": 3})
     assert model.digest == storage.stat(model.uri).metadata["sha256"]
+
+
+def test_a_model_names_no_place_of_its_training(config):
+    named = config.model_copy(
+        update={"run": config.run.model_copy(update={"uri": "s3://secret-bucket/runs/a"})}
+    )
+    assert b"secret-bucket" not in checkpoint.encode_model(build_network(named).state_dict(), named, {})
 
 
 def test_a_missing_model_says_how_to_get_one(run_uri):
@@ -113,7 +122,7 @@ def test_a_missing_model_says_how_to_get_one(run_uri):
 
 @pytest.mark.parametrize("cut", [slice(0, 500), slice(0, 7), slice(0, 0), slice(100, None)])
 def test_a_damaged_model_is_refused(run_uri, config, cut):
-    data = checkpoint.encode_model(build_network(config), config, {})
+    data = checkpoint.encode_model(build_network(config).state_dict(), config, {})
     storage.put(data[cut], checkpoint.model_uri(run_uri))
     with pytest.raises(checkpoint.ModelError, match="not a segcloud model, or damaged"):
         checkpoint.load_model(run_uri)

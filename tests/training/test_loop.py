@@ -27,7 +27,7 @@ class Recorder:
         return Hooks(
             validate=lambda network: {"val_dice": next(self.dices, 0.5), "val_iou": 0.4},
             save=lambda state: self.saved.append(torch_copy(state.state_dict())),
-            best=lambda network, row: self.bests.append(row["epoch"]),
+            best=lambda state: self.bests.append(state.best["epoch"]),
             report=lambda row, state: self.rows.append(row),
         )
 
@@ -78,6 +78,19 @@ def test_validation_and_checkpoints_keep_their_rhythm_and_the_last_epoch_has_bot
     state, recorder = _run(config)
     assert [row["epoch"] for row in state.history if row["val_dice"] is not None] == [3, 5]
     assert [saved["epoch"] for saved in recorder.saved] == [2, 4, 5]
+
+
+def test_the_best_weights_travel_in_the_checkpoint():
+    config = tiny_config(train={"epochs": 3})
+    state, recorder = _run(config, Recorder([0.6, 0.1, 0.2]))
+    first, last = recorder.saved[0], recorder.saved[-1]
+    assert last["best"]["epoch"] == 1
+    for name, weight in first["network"].items():
+        assert torch.equal(weight, last["best_weights"][name])
+    assert not torch.equal(
+        state.best_weights["model.0.conv.unit0.conv.weight"],
+        last["network"]["model.0.conv.unit0.conv.weight"],
+    )
 
 
 def test_an_undefined_dice_is_no_best():
