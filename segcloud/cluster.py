@@ -2,7 +2,6 @@
 
 import logging
 import os
-import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,8 @@ SETTINGS = {
     "RAY_DATA_LOG_LEVEL": "ERROR",  # the plan of each dataset; the jobs show their own progress
 }
 
+_TOKEN_FILE = Path.home() / ".ray" / "auth_token"
+
 
 @contextmanager
 def connect(verbose: bool = False, temp_dir: str | None = None) -> Iterator[None]:
@@ -41,10 +42,7 @@ def connect(verbose: bool = False, temp_dir: str | None = None) -> Iterator[None
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
-    if address is None and "RAY_AUTH_MODE" not in os.environ:
-        # a token for this cluster's lifetime; Ray would leave a readable one in the home folder
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
-    elif "RAY_AUTH_MODE" not in os.environ and _has_token():
+    if address and "RAY_AUTH_MODE" not in os.environ and _has_token():
         os.environ["RAY_AUTH_MODE"] = "token"  # Ray has a token and would not send it
     local = {"include_dashboard": False, "_temp_dir": temp_dir} if address is None else {}
     try:
@@ -55,6 +53,8 @@ def connect(verbose: bool = False, temp_dir: str | None = None) -> Iterator[None
             f"cannot connect to Ray at {address or 'this machine'}: {str(error).splitlines()[0]}; "
             "check RAY_ADDRESS, and RAY_AUTH_MODE with its token"
         ) from None
+    if address is None and _TOKEN_FILE.is_file():
+        _TOKEN_FILE.chmod(0o600)  # Ray makes it readable to everybody on the machine
     try:
         yield
     finally:
@@ -62,7 +62,7 @@ def connect(verbose: bool = False, temp_dir: str | None = None) -> Iterator[None
 
 
 def _has_token() -> bool:
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or _TOKEN_FILE)
     return bool(os.environ.get("RAY_AUTH_TOKEN")) or path.is_file()
 
 
