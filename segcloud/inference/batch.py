@@ -5,6 +5,7 @@ mask is one object, put whole, so that a killed job leaves no partial one.
 """
 
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import ray
 import ray.data
 import torch
+from ray.util.annotations import RayDeprecationWarning
 
 from segcloud import __version__, cluster, storage
 from segcloud.config import ComputeConfig
@@ -114,22 +116,26 @@ def _run(
     items = [{"case": case.id, "image": case.image} for case in cases]
     workers = min(workers, len(cases))
     dataset = ray.data.from_items(items, override_num_blocks=len(items))  # one case per task: unit of retry
-    return dataset.map_batches(
-        _Segmenter,
-        fn_constructor_kwargs={
-            "model_uri": model_uri,
-            "output_uri": output_uri,
-            "wanted": wanted,
-        },
-        batch_size=1,
-        num_cpus=wanted["CPU"],
-        num_gpus=wanted.get("GPU"),
-        compute=ray.data.ActorPoolStrategy(min_size=workers, max_size=workers),
-        udf_modifying_row_count=False,
-        # a scan that kills its actor would be tried without end: Ray Data's default is to retry for ever
-        max_restarts=ACTOR_RESTARTS,
-        max_task_retries=ACTOR_RESTARTS,
-    ).iter_rows()
+    with warnings.catch_warnings():
+        # named parameters are to replace these in Ray 2.64; 2.60, which is pinned, has none for restarts
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        mapped = dataset.map_batches(
+            _Segmenter,
+            fn_constructor_kwargs={
+                "model_uri": model_uri,
+                "output_uri": output_uri,
+                "wanted": wanted,
+            },
+            batch_size=1,
+            num_cpus=wanted["CPU"],
+            num_gpus=wanted.get("GPU"),
+            compute=ray.data.ActorPoolStrategy(min_size=workers, max_size=workers),
+            udf_modifying_row_count=False,
+            # a scan that kills its actor would be tried without end: Ray Data's default is to retry for ever
+            max_restarts=ACTOR_RESTARTS,
+            max_task_retries=ACTOR_RESTARTS,
+        )
+    return mapped.iter_rows()
 
 
 class _Segmenter:
