@@ -27,13 +27,14 @@ _TOKEN_FILE = Path.home() / ".ray" / "auth_token"
 
 
 @contextmanager
-def connect(verbose: bool = False, temp_dir: str | None = None) -> Iterator[None]:
+def connect(verbose: bool = False, temp_dir: str | None = None, dashboard: bool = False) -> Iterator[None]:
     """Connect to ``RAY_ADDRESS``; where it is not set, start Ray on this machine and stop it at the end.
 
     A submitted job finds ``RAY_ADDRESS`` set to its cluster.
 
     Args:
         verbose: show the workers' own output.
+        dashboard: start it with a cluster here: Tune frees the workers of stopped trials through it.
         temp_dir: of a cluster started here; a short path, since it holds sockets.
 
     Raises:
@@ -44,7 +45,7 @@ def connect(verbose: bool = False, temp_dir: str | None = None) -> Iterator[None
     address = os.environ.get("RAY_ADDRESS")
     if address and "RAY_AUTH_MODE" not in os.environ and _has_token():
         os.environ["RAY_AUTH_MODE"] = "token"  # Ray has a token and would not send it
-    local = {"include_dashboard": False, "_temp_dir": temp_dir} if address is None else {}
+    local = {"include_dashboard": dashboard, "_temp_dir": temp_dir} if address is None else {}
     try:
         # "local", since without an address Ray joins whatever cluster was last started on this machine
         ray.init(address=address or "local", log_to_driver=verbose, logging_level=logging.ERROR, **local)
@@ -105,6 +106,11 @@ def acquire(config: ComputeConfig) -> dict[str, float]:
         f"{config.workers} worker(s) of {each} are wanted and the cluster's {len(nodes)} node(s) hold {room}; "
         "lower compute.workers or compute.cpus_per_worker, add nodes, or let them join with compute.wait_for_nodes"
     )
+
+
+def room(wanted: dict[str, float]) -> int:
+    """Workers of the given resources that the cluster holds."""
+    return sum(_room(node["Resources"], wanted) for node in ray.nodes() if node["Alive"])
 
 
 def worker_resources(config: ComputeConfig, nodes: list[dict[str, float]]) -> dict[str, float]:

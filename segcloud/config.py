@@ -219,6 +219,53 @@ class ValidationConfig(Section):
     panels: int = Field(6, ge=0, description="image | label | prediction pictures, worst cases first")
 
 
+class TuneConfig(Section):
+    """Search over any fields; every trial is a full training run."""
+
+    space: dict[str, dict[str, list[Any]]] = Field(
+        {
+            "train.lr": {"loguniform": [1e-4, 1e-2]},
+            "train.roi_size": {"choice": [[64, 64, 64], [96, 96, 96], [128, 128, 128]]},
+        },
+        description="dotted field: {loguniform: [low, high]}, {uniform: [low, high]}, {randint: [low, high)} "
+        "or {choice: [values]}",
+    )
+    samples: int = Field(12, ge=1, description="trials")
+    max_concurrent: int | None = Field(None, ge=1, description="trials at a time; default: as many as fit")
+    scheduler: Literal["asha", "none", "pbt"] = Field(
+        "asha",
+        description="asha stops the worse half of the trials at a half and a quarter of the budget; pbt lets the "
+        "worst continue from the best with changed numbers; none runs all to the end",
+    )
+    search: Literal["random", "optuna"] = Field("random", description="optuna: TPE, needs segcloud[tune]")
+    budget_voxels: float | None = Field(
+        None,
+        gt=0,
+        description="patch voxels that each trial may see, whatever its ROI and batch; default: what train.epochs "
+        "at train.roi_size sees. Trials compare at equal voxels, which is equal computation",
+    )
+    checks: int = Field(8, ge=2, description="validations of a trial, evenly spread over its budget")
+    seed: int = Field(0, ge=0, description="seed of the search")
+
+    @field_validator("space")
+    @classmethod
+    def _space(cls, space: dict[str, dict[str, list[Any]]]) -> dict[str, dict[str, list[Any]]]:
+        if not space:
+            raise ValueError("needs at least one field to search")
+        for path, domain in space.items():
+            kind, values = next(iter(domain.items()), ("", []))
+            if len(domain) != 1 or kind not in ("loguniform", "uniform", "randint", "choice"):
+                raise ValueError(f"{path}: needs one of loguniform, uniform, randint or choice, got {domain}")
+            numbers = kind == "choice" or (
+                len(values) == 2 and all(isinstance(v, int | float) for v in values)
+            )
+            if not values or not numbers or (kind != "choice" and not values[0] < values[1]):
+                raise ValueError(f"{path}: {kind} needs [low, high] with low < high, or values, got {values}")
+            if kind == "loguniform" and values[0] <= 0:
+                raise ValueError(f"{path}: loguniform needs a low above 0, got {values[0]}")
+        return space
+
+
 class ComputeConfig(Section):
     """What a job asks of the cluster."""
 
@@ -251,6 +298,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     validation: ValidationConfig = ValidationConfig()
+    tune: TuneConfig = TuneConfig()
     compute: ComputeConfig = ComputeConfig()
     run: RunConfig = RunConfig()
 
@@ -355,6 +403,23 @@ def _set(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
         values = child
     # A free mapping (data.labels) is replaced whole: merging would keep the organs of the file.
     values[path[-1]] = value
+
+
+def replaced(config: Config, values: Mapping[str, Any], origin: str = "config") -> Config:
+    """The config with fields changed, validated anew.
+
+    Args:
+        config: the base.
+        values: dotted path → value.
+        origin: names the change in an error.
+
+    Raises:
+        ConfigError: an unknown field or a value that is refused.
+    """
+    nested = config.to_dict()
+    for path, value in values.items():
+        _set(nested, path.split("."), value)
+    return from_dict(nested, origin)
 
 
 def fields(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -60,7 +60,7 @@ def overrides(config: Config) -> list[str]:
     def walk(values: dict[str, Any], prefix: str = "") -> list[str]:
         lines = []
         for key, value in values.items():
-            if isinstance(value, dict) and key != "labels":
+            if isinstance(value, dict) and key not in ("labels", "space"):
                 lines += walk(value, f"{prefix}{key}.")
             else:
                 lines.append(f"{prefix}{key}={json.dumps(value)}")

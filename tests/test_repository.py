@@ -19,6 +19,7 @@ LOCK = dict(
 SOURCES = sorted((ROOT / "segcloud").rglob("*.py"))
 # the only modules that may import Ray: everything else runs and is tested without a cluster
 RAY_MODULES = {"cluster.py", "data/prepare.py", "training/trainer.py", "inference/batch.py"}
+RAY_MODULES |= {"training/follow.py", "training/tuning.py", "training/search_space.py"}
 # a module may import from its own layer and those after it
 LAYERS = [
     {"training", "inference", "report"},

@@ -4,6 +4,7 @@ A patch depends only on (seed, epoch, case, number), the order only on (seed, ep
 between steps, so a resumed run and a run with another number of workers see the same global batches.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -89,6 +90,11 @@ def augment(
     return np.ascontiguousarray(image), np.ascontiguousarray(label)
 
 
+def steps_per_epoch(config: TrainConfig, cases: int) -> int:
+    """Optimizer steps that show every patch of an epoch; the last batch is filled up."""
+    return math.ceil(cases * config.samples_per_case / config.batch_size)
+
+
 class PatchLoader:
     """Batches of an epoch for one rank, made ahead in threads (page faults and casts release the GIL).
 
@@ -115,7 +121,7 @@ class PatchLoader:
     @property
     def steps(self) -> int:
         """Optimizer steps per epoch."""
-        return -(-len(self.volumes) * self.config.samples_per_case // self.config.batch_size)
+        return steps_per_epoch(self.config, len(self.volumes))
 
     def order(self, epoch: int) -> np.ndarray:
         """(case, number) of every patch of an epoch, shape [steps, batch_size, 2].

@@ -96,3 +96,24 @@ class _GlobalNorm(torch.autograd.Function):
         # weight / sd · (mean(g) + x̂ · mean(g·x̂)): x̂ scaled and shifted, which is a normalisation again
         grad_x -= torch.native_batch_norm(x, means[0], means[1], mean, var, False, 0.0, ctx.eps)[0]
         return grad_x, grad_weight, grad_bias, None
+
+
+def activation_bytes(config: Config) -> int:
+    """Bytes of all layers' outputs in one training step of one worker, in float32; computes nothing.
+
+    The network runs on PyTorch's meta device, which knows shapes only.
+    """
+    total = 0
+
+    def count(_module: nn.Module, _inputs: tuple, output: torch.Tensor) -> None:
+        nonlocal total
+        total += output.numel() * 4
+
+    with torch.device("meta"):
+        network = build_network(config)
+        for module in network.modules():
+            if not list(module.children()):
+                module.register_forward_hook(count)
+        patches = config.train.batch_size // config.compute.workers
+        network(torch.empty(patches, 1, *config.train.roi_size))
+    return total

@@ -7,7 +7,6 @@ worker restarted by Ray, a driver started again and a second cluster all continu
 
 import math
 import platform
-import threading
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,14 +25,13 @@ from segcloud.data.cases import Verdict, admit, load_dataset, split_cases
 from segcloud.data.prepare import prepare_cases, prepared_uri
 from segcloud.data.prepared import PreparedRef, PreparedStore
 from segcloud.errors import SegcloudError, UsageError
-from segcloud.progress import Progress, format_seconds
+from segcloud.training.follow import Board, Follower, Listener, Terminal
 from segcloud.training.loop import DivergedError, Row
 from segcloud.training.ranks import Ranks
 from segcloud.training.worker import Outlet, run_worker
 
 CONTROLLER_ATTEMPTS = 3
 """Starts of Ray's training controller: its death reaches the driver as an actor error, not as a retry."""
-POLL_S = 0.3
 # Settings that may differ between the first and a later start of one run: they change no result.
 FREE = (
     "prepare.uri",
@@ -42,7 +40,7 @@ FREE = (
     "train.checkpoint_every",
     "train.keep_checkpoints",
 )
-FREE_SECTIONS = ("compute.", "run.", "data.bad_cases", "validation.panels")
+FREE_SECTIONS = ("compute.", "run.", "tune.", "data.bad_cases", "validation.panels")
 
 
 class TrainingError(SegcloudError):
@@ -68,19 +66,33 @@ class TrainResult:
     verdicts: list[Verdict]
 
 
-def train(config: Config) -> TrainResult:
-    """Train the config's model, continuing a run that was interrupted. Needs a connected Ray.
+@dataclass(frozen=True)
+class Plan:
+    """What a run works on: prepared, admitted and split.
+
+    Attributes:
+        training: prepared volumes to train on.
+        validation: prepared volumes to validate on.
+        verdicts: cases left out.
+        made: volumes that were prepared now; the others were there.
+    """
+
+    training: list[PreparedRef]
+    validation: list[PreparedRef]
+    verdicts: list[Verdict]
+    made: int
+
+
+def make_plan(config: Config) -> Plan:
+    """Check the places, find and prepare the cases, apply ``data.bad_cases`` and ``data.split``.
 
     Raises:
-        UsageError: dataset, config or cluster do not allow the start.
-        TrainingError: workers failed too often.
-        SegcloudError: training diverged, or storage failed.
+        UsageError: dataset or config do not allow a start.
+        StorageError: a place cannot be read or written.
     """
-    started = time.monotonic()
     if not config.run.uri:
         raise UsageError("run.uri is not set; pass run.uri=s3://bucket/runs/name or a folder")
     cluster.refuse_temporary(config.run.uri, prepared_uri(config))
-    wanted = cluster.acquire(config.compute)
     storage.check_writable(config.run.uri)
     storage.check_writable(prepared_uri(config))
     dataset = load_dataset(config.data)
@@ -93,17 +105,35 @@ def train(config: Config) -> TrainResult:
     training, validation = split_cases(list(by_case), config.data.split)
     print(f"split: {len(training)} to train, {len(validation)} to validate", flush=True)
     PreparedStore(prepared_uri(config), config.prepare).check_budget(refs)
-    finished = _claim(config, [by_case[c].uri for c in training], [by_case[c].uri for c in validation])
+    return Plan([by_case[c] for c in training], [by_case[c] for c in validation], verdicts, made)
+
+
+def train(config: Config) -> TrainResult:
+    """Train the config's model, continuing a run that was interrupted. Needs a connected Ray.
+
+    Raises:
+        UsageError: dataset, config or cluster do not allow the start.
+        TrainingError: workers failed too often.
+        SegcloudError: training diverged, or storage failed.
+    """
+    started = time.monotonic()
+    wanted = cluster.acquire(config.compute)
+    plan = make_plan(config)
+    finished = _claim(config, plan)
     if finished is None:
-        result = _fit(config, [by_case[c] for c in training], [by_case[c] for c in validation], wanted)
-        finished = _summary(config, result, verdicts, time.monotonic() - started)
+        text = " + ".join(f"{amount:g} {kind}" for kind, amount in wanted.items())
+        print(f"training: {config.compute.workers} worker(s) of {text}, starting", flush=True)
+        result = fit_workers(config, plan, wanted, Terminal(config.train.epochs))
+        finished = _summary(config, result, plan.verdicts, time.monotonic() - started)
         storage.put_json(finished, storage.join(config.run.uri, "result.json"))
     else:
         print(f"{config.run.uri}: already finished, nothing to train", flush=True)
-    return TrainResult(config.run.uri, finished["history"], finished["best"], finished["native"], verdicts)
+    return TrainResult(
+        config.run.uri, finished["history"], finished["best"], finished["native"], plan.verdicts
+    )
 
 
-def _identity(config: Config, training: list[str], validation: list[str]) -> dict[str, Any]:
+def _identity(config: Config, plan: Plan) -> dict[str, Any]:
     """The settings and data that make a run what it is, flat."""
     flat = {}
     for section, values in config.to_dict().items():
@@ -113,19 +143,19 @@ def _identity(config: Config, training: list[str], validation: list[str]) -> dic
                 flat[path] = value
     if config.train.schedule == "constant":
         del flat["train.epochs"]  # more epochs continue the same curve; under a schedule they would bend it
-    flat["training volumes"] = [storage.name(uri) for uri in training]
-    flat["validation volumes"] = [storage.name(uri) for uri in validation]
+    flat["training volumes"] = [storage.name(ref.uri) for ref in plan.training]
+    flat["validation volumes"] = [storage.name(ref.uri) for ref in plan.validation]
     return flat
 
 
-def _claim(config: Config, training: list[str], validation: list[str]) -> dict[str, Any] | None:
+def _claim(config: Config, plan: Plan) -> dict[str, Any] | None:
     """Bind the run's folder to this config, and return its result if it has finished.
 
     Raises:
         UsageError: the folder holds a run of other settings or data.
     """
     marker = storage.join(config.run.uri, "run.json")
-    identity = _identity(config, training, validation)
+    identity = _identity(config, plan)
     described = {
         "identity": identity,
         "digest": digest(identity),
@@ -163,18 +193,30 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _fit(
-    config: Config, training: list[PreparedRef], validation: list[PreparedRef], wanted: dict[str, float]
+def fit_workers(
+    config: Config, plan: Plan, wanted: dict[str, float], listener: Listener, trial: bool = False
 ) -> dict[str, Any]:
-    """Run the workers, follow their progress, and return rank 0's result."""
-    board = _Board.remote()
+    """Run the workers under Ray Train and return rank 0's result (see :func:`run_worker`).
+
+    Args:
+        config: resolved.
+        plan: the data.
+        wanted: resources of one worker.
+        listener: follows the workers' progress.
+        trial: of a sweep: each validated epoch is stored before it is told of, and nothing is scored at the end.
+
+    Raises:
+        TrainingError: training diverged, or workers failed too often.
+    """
+    board = Board.remote()
     payload = {
         "config": config,
-        "training": training,
-        "validation": validation,
+        "training": plan.training,
+        "validation": plan.validation,
         "store": PreparedStore(prepared_uri(config), config.prepare),
         "board": board,
         "threads": int(wanted["CPU"]),
+        "trial": trial,
     }
     trainer = TorchTrainer(
         _train_worker,
@@ -186,27 +228,18 @@ def _fit(
         run_config=ray.train.RunConfig(
             # Ray's own state is bookkeeping only; a fresh name per start keeps it from resuming by itself
             name=f"{datetime.now(UTC):%Y%m%dT%H%M%S}",
-            storage_path=_ray_path(storage.join(config.run.uri, "ray")),
+            storage_path=storage.join(config.run.uri, "ray"),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
             failure_config=ray.train.FailureConfig(
                 max_failures=config.compute.max_failures, controller_failure_limit=10
             ),
         ),
     )
-    print(f"training: {config.compute.workers} worker(s) of {_resources_text(wanted)}, starting", flush=True)
-    with _Follower(board, config):
+    with Follower(board, listener):
         result = _fit_with_retries(trainer)
     if "diverged" in result:
         raise TrainingError(result["diverged"])
     return result
-
-
-def _ray_path(uri: str) -> str:
-    return uri if storage.is_s3(uri) else str(storage.local_path(uri).absolute())
-
-
-def _resources_text(wanted: dict[str, float]) -> str:
-    return " + ".join(f"{amount:g} {kind}" for kind, amount in wanted.items())
 
 
 def _fit_with_retries(trainer: TorchTrainer) -> dict[str, Any]:
@@ -240,13 +273,13 @@ def _train_worker(payload: dict[str, Any]) -> dict[str, Any]:
 
     def epoch(row: Row) -> None:
         if first:
-            board.post.remote(("epoch", row))
+            board.post.remote(("epoch", (row,)))
         # Ray refuses NumPy scalars and NaN in metrics; the row holds floats, and None where nothing is known
         metrics = {k: v for k, v in row.items() if isinstance(v, int | float) and math.isfinite(v)}
         ray.train.report(metrics)
 
     outlet = Outlet(
-        line=lambda text: board.post.remote(("line", text)),
+        line=lambda text: board.post.remote(("line", (text,))),
         epoch=epoch,
         resumed=lambda done, best: board.post.remote(("resumed", (done, best))),
     )
@@ -257,6 +290,7 @@ def _train_worker(payload: dict[str, Any]) -> dict[str, Any]:
             payload["validation"],
             payload["store"],
             ranks,
+            payload["trial"],
             lambda network: prepare_model(network, move_to_device=False),
             outlet,
         )
@@ -264,76 +298,6 @@ def _train_worker(payload: dict[str, Any]) -> dict[str, Any]:
         DivergedError
     ) as error:  # on all ranks at once, and a retry would diverge again: do not let Ray retry
         return {"diverged": str(error)}
-
-
-@ray.remote(num_cpus=0)
-class _Board:
-    """Carries the workers' progress to the driver, without the prefixes and order of Ray's log streaming."""
-
-    def __init__(self) -> None:
-        self._items: list[tuple[str, Any]] = []
-
-    def post(self, item: tuple[str, Any]) -> None:
-        self._items.append(item)
-
-    def drain(self) -> list[tuple[str, Any]]:
-        items, self._items = self._items, []
-        return items
-
-
-class _Follower:
-    """A thread on the driver that shows what the workers post."""
-
-    def __init__(self, board: ray.actor.ActorHandle, config: Config):
-        self.board, self.config = board, config
-        self.progress = Progress("train", config.train.epochs, "epoch")
-        self.best: Row | None = None
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
-
-    def __enter__(self) -> "_Follower":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join(timeout=10)
-        self.progress.__exit__(None, None, None)
-
-    def _run(self) -> None:
-        while True:
-            last = self._stop.wait(POLL_S)
-            try:
-                items = ray.get(self.board.drain.remote(), timeout=5)
-            except ray.exceptions.GetTimeoutError:
-                items = []  # a busy machine; the next poll brings them
-            except ray.exceptions.RayError:
-                return
-            for kind, item in items:
-                getattr(self, f"_{kind}")(item)
-            if last:
-                return
-
-    def _line(self, text: str) -> None:
-        self.progress.line(text)
-
-    def _resumed(self, item: tuple[int, Row | None]) -> None:
-        done, self.best = item
-        self.progress.line(f"resuming after epoch {done} from the last checkpoint")
-        self.progress.start_at(done)
-
-    def _epoch(self, row: Row) -> None:
-        total = self.config.train.epochs
-        text = f"epoch {row['epoch']}/{total}  loss {row['loss']:.4f}"
-        if row["val_dice"] is not None:
-            if self.best is None or row["val_dice"] > self.best["val_dice"]:
-                self.best = row
-            text += f"  Dice {row['val_dice']:.4f}  IoU {row['val_iou']:.4f}"
-            text += f"  best {self.best['val_dice']:.4f} at {self.best['epoch']}"
-        phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in row["phases"].items())
-        left = format_seconds((total - row["epoch"]) * row["seconds"])
-        self.progress.line(f"{text}  {row['seconds']:.1f} s ({phases})  {left} left")
-        self.progress.advance(quiet=True)
 
 
 def _summary(

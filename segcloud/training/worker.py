@@ -48,6 +48,7 @@ def run_worker(
     validation: list[PreparedRef],
     store: PreparedStore,
     ranks: Ranks,
+    trial: bool,
     wrap: Callable[[nn.Module], nn.Module],
     outlet: Outlet,
 ) -> dict[str, Any]:
@@ -59,6 +60,7 @@ def run_worker(
         validation: all validation volumes; each rank takes its share.
         store: where the volumes are.
         ranks: this worker's place.
+        trial: of a sweep: each validated epoch is stored before it is told of, and nothing is scored at the end.
         wrap: network on the device → network in DDP (identity for one worker).
         outlet: progress.
 
@@ -97,6 +99,8 @@ def run_worker(
         if ranks.rank == 0 and row["val_dice"] is not None:
             rows = list(state.history)
             uploader.submit("the learning curves", lambda: record.write(rows))
+            if trial:
+                uploader.flush()
         outlet.epoch(row)
 
     fit(
@@ -120,7 +124,7 @@ def run_worker(
         # once more and in the foreground: a resumed run, or a failed upload, may have left an older model there
         storage.put(model_file(state), target)
     ranks.sum(torch.zeros(1))  # wait until rank 0 has stored the model that all ranks load next
-    scores = _score(config, mine, ranks)
+    scores = [] if trial else _score(config, mine, ranks)
     return {
         "history": state.history,
         "best": state.best,
