@@ -91,7 +91,7 @@ def test_asha_stops_some_of_eight_trials_and_the_best_config_reaches_its_dice(cl
         "train": {"epochs": 12, "roi_size": [64] * 3},
     }
     config = _config(dataset, "asha", space, **sections)
-    job = cluster.run("jobs/tune.py", *overrides(config))
+    job = cluster.run(*SUBMIT, "jobs/tune.py", *overrides(config))
     assert job.process.returncode == 0, job.output
     trials = _trials(config)
     assert len(trials) == 8
