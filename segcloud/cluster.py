@@ -35,14 +35,14 @@ def connect(verbose: bool = False, temp_dir: str | None = None, dashboard: bool 
     Args:
         verbose: show the workers' own output.
         dashboard: start it with a cluster here: Tune frees the workers of stopped trials through it.
-        temp_dir: of a cluster started here; a short path, since it holds sockets.
+        temp_dir: start a cluster here in any case, with this folder; a short path, since it holds sockets.
 
     Raises:
         UsageError: the cluster cannot be reached.
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    address = os.environ.get("RAY_ADDRESS")
+    address = None if temp_dir else os.environ.get("RAY_ADDRESS")
     if address and "RAY_AUTH_MODE" not in os.environ and _has_token():
         os.environ["RAY_AUTH_MODE"] = "token"  # Ray has a token and would not send it
     local = {"include_dashboard": dashboard, "_temp_dir": temp_dir} if address is None else {}

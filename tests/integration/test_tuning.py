@@ -141,3 +141,14 @@ def test_a_killed_sweep_continues_and_keeps_its_finished_trials(cluster, dataset
     assert {t["status"] for t in trials} == {"finished"}
     assert set(finished) <= {t["trial"] for t in trials}
     assert _written(config, finished) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"scheduler": "pbt"}, {"search": "optuna"}])
+def test_the_other_scheduler_and_search_finish_their_trials(cluster, dataset, options):
+    name = "-".join(options.values())
+    config = _config(dataset, name, {"train.lr": {"loguniform": [1e-3, 1e-2]}}, tune=options)
+    job = cluster.run("jobs/tune.py", *overrides(config))
+    assert job.process.returncode == 0, job.output
+    assert [trial["status"] for trial in _trials(config)] == ["finished", "finished"]
+    assert all(float(trial["val_dice"]) >= 0 for trial in _trials(config))
