@@ -32,3 +32,9 @@ def describe_failure(error: Exception) -> str:
     where = traceback.extract_tb(error.__traceback__)[-1]
     what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return f"{what} (in {where.name}, line {where.lineno}); report this scan's header and shape"
+
+
+def last_line(error: Exception) -> str:
+    """The last line of an error's text, where Ray puts the cause below a remote traceback; else its class."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -21,7 +21,7 @@ from segcloud.config import ComputeConfig
 from segcloud.data import nifti
 from segcloud.data.cases import MASK_SUFFIX, Case, Verdict, find_images
 from segcloud.data.nifti import BadScan
-from segcloud.errors import SegcloudError, describe_failure
+from segcloud.errors import SegcloudError, describe_failure, last_line
 from segcloud.evaluation.metrics import volume_ml
 from segcloud.inference.predictor import Predictor
 from segcloud.model.checkpoint import Model, load_model
@@ -85,18 +85,14 @@ def infer(model_uri: str, input_uri: str, output_uri: str, compute: ComputeConfi
                 progress.advance(note=row["case"])
         except ray.exceptions.RayError as error:
             raise InferenceError(
-                f"inference stopped after {progress.done} of {len(cases)} case(s): {_reason(error)}; the masks so far "
-                "are whole; check the workers' memory and AWS settings (--verbose shows their output), then run again"
+                f"inference stopped after {progress.done} of {len(cases)} case(s): {type(error).__name__}: "
+                f"{last_line(error)}; the masks so far are whole; check the workers' memory and AWS settings "
+                "(--verbose shows their output), then run again"
             ) from error
     order = {case.id: i for i, case in enumerate(cases)}
     return InferResult(
         sorted(rows, key=lambda r: order[r["case"]]), sorted(verdicts, key=lambda v: order[v.case])
     )
-
-
-def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
 
 
 def _describe(model: Model) -> str:

@@ -24,7 +24,7 @@ from segcloud.config import Config, digest
 from segcloud.data.cases import Verdict, admit, load_dataset, split_cases
 from segcloud.data.prepare import prepare_cases, prepared_uri
 from segcloud.data.prepared import PreparedRef, PreparedStore
-from segcloud.errors import SegcloudError, UsageError
+from segcloud.errors import SegcloudError, UsageError, last_line
 from segcloud.training.follow import Board, Follower, Listener, Terminal
 from segcloud.training.loop import DivergedError, Row
 from segcloud.training.ranks import Ranks
@@ -260,8 +260,7 @@ def _fit_with_retries(trainer: TorchTrainer) -> dict[str, Any]:
 
 def _reason(error: ray.train.TrainingFailedError) -> str:
     failures = list(getattr(error, "worker_failures", {}).values()) or [error]
-    lines = [line.strip() for line in str(failures[0]).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return last_line(failures[0])
 
 
 def _train_worker(payload: dict[str, Any]) -> dict[str, Any]:
@@ -294,9 +293,8 @@ def _train_worker(payload: dict[str, Any]) -> dict[str, Any]:
             lambda network: prepare_model(network, move_to_device=False),
             outlet,
         )
-    except (
-        DivergedError
-    ) as error:  # on all ranks at once, and a retry would diverge again: do not let Ray retry
+    except DivergedError as error:
+        # on all ranks at once, and a retry would diverge again: a value, so that Ray does not retry
         return {"diverged": str(error)}
 
 

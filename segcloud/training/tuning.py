@@ -26,7 +26,7 @@ from segcloud.config import Config, digest, replaced
 from segcloud.data.cases import Verdict
 from segcloud.data.prepare import prepared_uri
 from segcloud.data.sampling import steps_per_epoch
-from segcloud.errors import SegcloudError, UsageError
+from segcloud.errors import SegcloudError, UsageError, last_line
 from segcloud.model.checkpoint import FOLDER
 from segcloud.progress import Progress, table
 from segcloud.report.sweep import draw_sweep, format_value
@@ -318,8 +318,7 @@ def _describe(result: ray.tune.Result, base: Config, plan: Plan, budget: float) 
     curve = [(int(voxels), float(dice)) for voxels, dice in curve]
     metrics = result.metrics or {}
     if result.error is not None:
-        lines = [line.strip() for line in str(result.error).splitlines() if line.strip()]
-        status, reason = "failed", lines[-1] if lines else type(result.error).__name__
+        status, reason = "failed", last_line(result.error)
     elif metrics.get("epoch", 0) >= metrics.get("epochs", 1):
         status, reason = "finished", ""
     else:
